@@ -1,0 +1,38 @@
+"""Where parameters come from: presets and folders, one reader for each format."""
+
+from pathlib import Path
+
+from stable_diffusion.checkpoints.building import Reader
+from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
+
+
+def open_checkpoint(weights, config) -> Reader:
+    """Finds the reader for what a user passed as `weights=`.
+
+    Args:
+        weights: None for fresh random parameters; a preset's name ("emoji", "sd1.4",
+            "sd2.1-base"); or a folder, of KerasCV's .h5 files or in diffusers' layout.
+        config: the `Config` where `weights` doesn't tell it.
+
+    Returns:
+        A `Reader`. Nothing is downloaded before a part is built.
+
+    Raises:
+        ValueError: no such preset or folder, or no known format.
+    """
+    from stable_diffusion.checkpoints.diffusers import DiffusersFolder
+    from stable_diffusion.checkpoints.kerascv import PRESETS, KerasCVFolder, KerasCVPreset
+
+    if weights is None:
+        return Reader(config)
+    if weights in PRESETS:
+        return KerasCVPreset(weights)
+    folder = WEIGHTS_DIR / "emoji" if weights == "emoji" else Path(weights)
+    if (folder / "model_index.json").is_file() or (folder / "unet").is_dir():
+        return DiffusersFolder(folder)
+    if folder.is_dir() and any(folder.glob("*.h5")):
+        return KerasCVFolder(folder, config)
+    raise ValueError(
+        f"weights must be None, a preset ({', '.join(['emoji', *PRESETS])}), a folder in "
+        f"diffusers' layout or one of KerasCV's .h5 files, not {str(weights)!r}."
+    )

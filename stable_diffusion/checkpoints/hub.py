@@ -1,0 +1,1 @@
+def download(file): raise ValueError

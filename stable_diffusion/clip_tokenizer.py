@@ -1,0 +1,172 @@
+"""Byte-pair tokenizer of CLIP: turns a prompt into the ids that the text encoder was trained on.
+
+A prompt is cleaned and cut into words, and each word is spelled in UTF-8 bytes. Byte-pair encoding
+then joins neighbouring pieces of the word: always the pair that was learned first, until no two
+neighbours are among the 48,894 learned pairs. So every text has a spelling, and a common word is
+one id.
+
+    ids              tokens
+        0 ...   255  one byte, inside a word
+      256 ...   511  one byte, at the end of a word (written with "</w>")
+      512 ... 49405  the learned pairs, in the order in which they were learned
+    49406,    49407  start of text, end of text
+    49408 ...        tokens added by `SimpleTokenizer.add_tokens`
+
+Reference:
+    R. Sennrich, B. Haddow, A. Birch, "Neural Machine Translation of Rare Words with Subword Units",
+    2016, https://arxiv.org/abs/1508.07909: byte-pair encoding.
+    https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py (MIT licence): vocabulary,
+    order of cleaning, pattern of a word. The ids of every text are the same as there, with a start
+    and an end token around them.
+"""
+
+import gzip
+import html
+from pathlib import Path
+
+import ftfy
+import regex
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel has the folder inside the package; a checkout or editable install has it beside it.
+WEIGHTS_DIR = (_PACKAGE if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent) / "weights"
+
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+NUM_PAIRS = 48894  # the file has 262,144, in the order of learning; CLIP uses the first of them
+
+# The vocabulary file writes each byte as one visible character: its Latin-1 character where that is
+# visible, else one from U+0100 on. Ids follow the order of this table from character code to byte.
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTES = {b: b for b in _VISIBLE} | {0x100 + n: b for n, b in enumerate(_HIDDEN)}
+_BYTE_TO_ID = bytes((_VISIBLE + _HIDDEN).index(byte) for byte in range(256))
+
+# (?i) matters even in lower-case text: it makes "'ſ" an ending like "'s", as in the reference.
+_WORD = r"(?i)<\|(?:start|end)oftext\|>|'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_WORD_EDGE = r"(?!(?<=[\p{L}\p{M}\p{N}])(?=[\p{L}\p{M}\p{N}]))"  # not between two letters or digits
+
+
+class SimpleTokenizer:
+    """Converts text to CLIP's token ids, and ids to text.
+
+    Differs from KerasCV: text is first repaired with ftfy, because the text that CLIP was trained
+    on was; and an added token is found as it is written (see `add_tokens`), because there one that
+    has an upper-case letter, or stands next to a punctuation mark, can be missed.
+
+    Args:
+        bpe_path: path of CLIP's gzipped list of pairs; None for the copy in `WEIGHTS_DIR`.
+
+    Attributes:
+        vocab: list of the tokens in the order of their ids.
+        encoder: dict from token to id.
+        start_of_text: id before the first word, 49406.
+        end_of_text: id after the last word, 49407; KerasCV also pads with it.
+
+    Raises:
+        ValueError: if `bpe_path` is not such a file.
+    """
+
+    def __init__(self, bpe_path: str | Path | None = None):
+        path = bpe_path or WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
+        self.vocab = [chr(code) + ending for ending in ("", WORD_END) for code in _BYTES]
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                _title, *lines = [file.readline() for _ in range(1 + NUM_PAIRS)]
+            self.vocab += [*("".join(line.split()) for line in lines), START, END]
+            self.encoder = {token: n for n, token in enumerate(self.vocab)}
+            # While a word is put together, a piece is the one character that has its id as code.
+            piece = {token: chr(n) for token, n in self.encoder.items()}
+            self._joined = {piece[a] + piece[b]: piece[a + b] for a, b in map(str.split, lines)}
+        except Exception as error:  # a wrong file can fail at each of these steps
+            raise ValueError(f"bpe_path {path} is not a gzip of {NUM_PAIRS} BPE pairs") from error
+        self.start_of_text, self.end_of_text = self.encoder[START], self.encoder[END]
+        self._cache = {START: [self.start_of_text], END: [self.end_of_text]}
+        self.add_tokens([])
+
+    def add_tokens(self, tokens: str | list[str]) -> int:
+        """Gives each of `tokens` an id of its own, from 49408 on.
+
+        From then on `encode` finds it where the prompt has it as written here, in the same case,
+        but not inside a longer word: "sks" is found in "(sks)" and not in "skset", "<sks>" is found
+        in "a<sks>b". Of two that start at the same place the longer is taken.
+
+        Args:
+            tokens: one token, or several. What is in the vocabulary already is passed over.
+
+        Returns:
+            How many were added.
+
+        Raises:
+            ValueError: if one is not a string, is empty, or has white space at an end; then none is
+                added.
+        """
+        tokens = tokens if isinstance(tokens, list | tuple | set) else [tokens]
+        if bad := [t for t in tokens if not isinstance(t, str) or not t or t != t.strip()]:
+            raise ValueError(f"A token must be a str, not empty nor space-padded, not {bad[0]!r}")
+        new = [token for token in dict.fromkeys(tokens) if token not in self.encoder]
+        self.encoder |= {token: len(self.vocab) + n for n, token in enumerate(new)}
+        self.vocab += new
+        # In reverse order a token comes before those it begins with, so the longest is found. While
+        # none is added, the pattern is one that nothing can match, which regex finds out at once.
+        added = sorted(map(regex.escape, self.vocab[self.end_of_text + 1 :]), reverse=True)
+        self._added = regex.compile(f"{_WORD_EDGE}({'|'.join(added) or '#(?!)'}){_WORD_EDGE}")
+        return len(new)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`: start of text, those of its words, end of text.
+
+        Args:
+            text: any string. Nothing is cut off: the result can be longer than CLIP's 77 ids.
+
+        Raises:
+            ValueError: if `text` is not a string.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a str, not {type(text).__name__}")
+        ids = [self.start_of_text]
+        for place, part in enumerate(self._added.split(text)):
+            if place % 2:  # split() puts what the pattern's group has captured at the odd places
+                ids.append(self.encoder[part])
+                continue
+            # The reference also strips and collapses white space, which changes no word.
+            clean = html.unescape(html.unescape(ftfy.fix_text(part))).lower()
+            for word in regex.findall(_WORD, clean):
+                ids += self._cache.get(word) or self._encode_word(word)
+        return [*ids, self.end_of_text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Returns the text of `token_ids`, with one space between words.
+
+        What `encode` drops is lost: upper case, the kind and number of spaces, what was cleaned
+        away, and whether there was a space at all where letters, digits, punctuation marks and
+        endings meet: "don't 24" comes back as "don 't 2 4". Start and end tokens give no text.
+        Bytes that are not UTF-8, as when ids were cut off within a character, give U+FFFD.
+
+        Args:
+            token_ids: ids of the vocabulary, with or without start and end tokens.
+
+        Raises:
+            ValueError: if an id is not in the vocabulary.
+        """
+        text = b""
+        for token_id in token_ids:
+            if not 0 <= token_id < len(self.vocab):
+                raise ValueError(f"{token_id} is not a token id, 0 to {len(self.vocab) - 1}")
+            if token_id > self.end_of_text:
+                text += f"{self.vocab[token_id]} ".encode(errors="replace")
+            elif token_id < self.start_of_text:
+                symbols = self.vocab[token_id].replace(WORD_END, " ")
+                text += symbols.translate(_BYTES).encode("latin-1")
+        return text.decode(errors="replace").strip(" ")
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Returns the ids of one word, by byte-pair encoding; remembers those of 65,536 words."""
+        pieces = word.encode().translate(_BYTE_TO_ID).decode("latin-1")
+        pieces = pieces[:-1] + chr(ord(pieces[-1]) + 256)  # the id of that byte at a word's end
+        while pairs := {pieces[n : n + 2] for n in range(len(pieces) - 1)} & self._joined.keys():
+            first_learned = min(pairs, key=self._joined.get)
+            pieces = pieces.replace(first_learned, self._joined[first_learned])
+        ids = [ord(piece) for piece in pieces]
+        if len(self._cache) < 2**16:
+            self._cache[word] = ids
+        return ids

@@ -1,0 +1,271 @@
+"""The pipeline: prompt to context, noise to latent, latent to picture."""
+
+from functools import partial
+
+import keras
+import numpy as np
+
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.config import SD1, SD2
+from stable_diffusion.decoder import Decoder
+from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
+from stable_diffusion.image_encoder import ImageEncoder
+from stable_diffusion.noise_scheduler import ddim_step, timestep_embedding
+from stable_diffusion.text_encoder import TextEncoder, TextEncoderV2
+
+MAX_PROMPT_LENGTH = 77  # tokens, CLIP's context length
+
+
+class StableDiffusion:
+    """Stable Diffusion 1: draws pictures from prompts.
+
+    A drop-in for `keras_cv.models.StableDiffusion`. Each part is built, and its parameters loaded
+    or downloaded, when it is first asked for; any can be replaced by assigning `_text_encoder`,
+    `_diffusion_model`, `_decoder`, `_image_encoder` or `_tokenizer`.
+
+    The parameters that presets download are under the CreativeML Open RAIL-M licence (Stable
+    Diffusion 1.4 and 2.1); by using them you accept its terms:
+    https://raw.githubusercontent.com/CompVis/stable-diffusion/main/LICENSE.
+
+    Args:
+        img_height, img_width: size of the pictures in pixels, multiples of 64; None is the
+            checkpoint's native size. Differs from KerasCV, which rounds other sizes silently.
+        jit_compile: whether the backend's compiler is used: XLA on TensorFlow and JAX,
+            `torch.compile` on PyTorch; OpenVINO always compiles and ignores it.
+        weights: where the parameters come from: a preset ("emoji", "sd1.4", "sd2.1-base"), a folder
+            of KerasCV's .h5 files or in diffusers' layout, or None for fresh random ones.
+        config: a `Config`, the architecture where `weights` doesn't tell.
+
+    Raises:
+        ValueError: a size, preset or folder that can't be used.
+
+    Example:
+        ```python
+        model = StableDiffusion(weights="emoji")
+        images = model.text_to_image("a red apple on a blue background", seed=0)
+        PIL.Image.fromarray(images[0]).save("apple.png")
+        ```
+    """
+
+    TextEncoder, DiffusionModel, preset = TextEncoder, DiffusionModel, SD1
+
+    def __init__(
+        self, img_height=None, img_width=None, jit_compile=True, weights="sd1.4", config=None
+    ):
+        from stable_diffusion.checkpoints import open_checkpoint
+
+        self.checkpoint = open_checkpoint(weights, config or self.preset)
+        self.config = config = self.checkpoint.config
+        self.img_height, self.img_width = img_height or config.size, img_width or config.size
+        multiple = config.unet.latent_scale * 2 ** (len(config.unet.widths) - 1)
+        for size in (self.img_height, self.img_width):
+            if not isinstance(size, int) or size < multiple or size % multiple:
+                raise ValueError(f"Picture sizes are multiples of {multiple} pixels, not {size!r}.")
+        self.jit_compile = jit_compile
+        self._text_encoder = self._diffusion_model = self._tokenizer = None
+        self._decoder = self._image_encoder = None
+
+    def _part(self, name, make, *args):
+        if getattr(self, f"_{name}") is None:
+            model = self.checkpoint.build(name, partial(make, *args))
+            model.compile(jit_compile=self.jit_compile)
+            setattr(self, f"_{name}", model)
+        return getattr(self, f"_{name}")
+
+    @property
+    def text_encoder(self):
+        """The `TextEncoder`, which turns tokens into the context."""
+        return self._part("text_encoder", self.TextEncoder, MAX_PROMPT_LENGTH)
+
+    @property
+    def diffusion_model(self):
+        """The `DiffusionModel`, which predicts the noise in a latent."""
+        size = self.img_height, self.img_width
+        return self._part("diffusion_model", self.DiffusionModel, *size, MAX_PROMPT_LENGTH)
+
+    @property
+    def decoder(self):
+        """The `Decoder`, which turns latents into pictures."""
+        return self._part("decoder", Decoder, self.img_height, self.img_width)
+
+    @property
+    def image_encoder(self):
+        """The `ImageEncoder`, which turns pictures into latents."""
+        return self._part("image_encoder", ImageEncoder)
+
+    @property
+    def tokenizer(self):
+        """The `SimpleTokenizer`, which turns a prompt into tokens."""
+        if self._tokenizer is None:
+            self._tokenizer = self.checkpoint.tokenizer()
+        return self._tokenizer
+
+    def text_to_image(
+        self,
+        prompt,
+        negative_prompt=None,
+        batch_size=1,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        seed=None,
+        **options,
+    ):
+        """Draws pictures of a prompt, or of each of several.
+
+        Args:
+            prompt: str, or a list of them.
+            negative_prompt: what to steer away from: str, or a list with one for each prompt.
+            batch_size: number of pictures of each prompt.
+            num_steps, unconditional_guidance_scale, **options: see `generate_image`.
+            seed: int, or a list with one for each picture; see `generate_image`.
+
+        Returns:
+            uint8 array `(prompts * batch_size, H, W, 3)`: first those of the first prompt.
+
+        Raises:
+            ValueError: a prompt of more than 77 tokens, and as `generate_image`.
+        """
+        context = np.repeat(self.encode_text(prompt), batch_size, axis=0)
+        if isinstance(negative_prompt, (list, tuple)):
+            negative_prompt = [text for text in negative_prompt for _ in range(batch_size)]
+        return self.generate_image(
+            context,
+            negative_prompt,
+            len(context),
+            num_steps,
+            unconditional_guidance_scale,
+            seed=seed,
+            **options,
+        )
+
+    def encode_text(self, prompt):
+        """Encodes a prompt, or each of several, as the context for `generate_image`.
+
+        Args:
+            prompt: str of at most 77 tokens, start and end included, or a list of them.
+
+        Returns:
+            float array `(prompts, 77, D)`.
+
+        Raises:
+            ValueError: no prompt, or one that is too long.
+        """
+        tokens = []
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            ids = self.tokenizer.encode(text)
+            if (missing := MAX_PROMPT_LENGTH - len(ids)) < 0:
+                raise ValueError(
+                    f"A prompt has at most {MAX_PROMPT_LENGTH} tokens, start and end included; "
+                    f"this one has {len(ids)}: {text!r}"
+                )
+            pad = self.config.text.pad_token
+            tokens.append(ids + [self.tokenizer.end_of_text if pad is None else pad] * missing)
+        if not tokens:
+            raise ValueError("There must be at least one prompt; the list is empty.")
+        positions = np.tile(np.arange(MAX_PROMPT_LENGTH, dtype="int32"), (len(tokens), 1))
+        inputs = {"tokens": np.array(tokens, "int32"), "positions": positions}
+        return self.text_encoder.predict_on_batch(inputs)
+
+    def generate_image(
+        self,
+        encoded_text,
+        negative_prompt=None,
+        batch_size=1,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        diffusion_noise=None,
+        seed=None,
+        verbose=1,
+        callback=None,
+    ):
+        """Draws pictures of an encoded text with DDIM and classifier-free guidance.
+
+        Args:
+            encoded_text: `(77, D)`, or `(batch_size, 77, D)`, see `encode_text`.
+            negative_prompt: what to steer away from: str, or a list of `batch_size`.
+            batch_size: number of pictures.
+            num_steps: number of DDIM steps, 1 to 1000.
+            unconditional_guidance_scale: how far to follow the prompt. At 1 or less the model runs
+                without guidance, in half the time.
+            diffusion_noise: noise to start from, `(h, w, 4)` or `(batch_size, h, w, 4)`; it
+                excludes `seed`.
+            seed: int, for KerasCV's noise; or a list of `batch_size`, so that each picture is the
+                same whatever batch it is in.
+            verbose: 0 for no progress bar.
+            callback: called after each step with `(step, timestep, latent)`: ints from 0 and from
+                the training schedule, float32 array `(batch_size, h, w, 4)`.
+
+        Returns:
+            uint8 array `(batch_size, H, W, 3)`.
+
+        Raises:
+            ValueError: arguments that exclude each other, or a batch of another size.
+
+        Reference: Ho and Salimans 2022, https://arxiv.org/abs/2207.12598, equation 6.
+        """
+        if diffusion_noise is not None and seed is not None:
+            raise ValueError("Pass diffusion_noise or seed, not both: the seed only draws noise.")
+        if diffusion_noise is None:
+            diffusion_noise = self._get_initial_diffusion_noise(batch_size, seed)
+        latent = _expand("diffusion_noise", diffusion_noise, 3, batch_size)
+        context = _expand("encoded_text", encoded_text, 2, batch_size)
+        scale, schedule = unconditional_guidance_scale, self.config.schedule
+        copies = 2 if scale > 1 else 1
+        if copies == 2:
+            unconditional = self.encode_text(negative_prompt or "")
+            unconditional = _expand("negative_prompt", unconditional, 2, batch_size)
+            context = np.concatenate([unconditional, context])
+        progress = keras.utils.Progbar(num_steps, verbose=verbose)
+        for step, (timestep, *alphas) in enumerate(schedule.ddim_levels(num_steps)):
+            inputs = {
+                "latent": np.concatenate([latent] * copies),
+                "timestep_embedding": self._get_timestep_embedding(
+                    timestep, len(context), self.config.unet.widths[0]
+                ),
+                "context": context,
+            }
+            output = np.asarray(self.diffusion_model.predict_on_batch(inputs), "float32")
+            if copies == 2:
+                unguided, output = np.split(output, 2)
+                output = unguided + scale * (output - unguided)
+            latent = ddim_step(output, latent, *alphas, schedule.prediction_type)
+            progress.update(step + 1)
+            if callback:
+                callback(step, timestep, latent)
+        decoded = np.asarray(self.decoder.predict_on_batch(latent), "float32")
+        return np.clip((decoded + 1) / 2 * 255, 0, 255).astype("uint8")
+
+    def _get_timestep_embedding(self, timestep, batch_size, dim=320, max_period=10000):
+        return timestep_embedding([timestep] * batch_size, dim, max_period)
+
+    def _get_initial_diffusion_noise(self, batch_size, seed):
+        h, w = self.diffusion_model.input_shape[0][1:3]
+        channels = self.config.vae.latent_channels
+        if not isinstance(seed, (list, tuple, np.ndarray)):
+            return keras.random.normal((batch_size, h, w, channels), seed=seed)
+        noise = [keras.random.normal((h, w, channels), seed=int(s)) for s in seed]
+        return np.stack([keras.ops.convert_to_numpy(n) for n in noise])
+
+
+class StableDiffusionV2(StableDiffusion):
+    """Stable Diffusion 2: as `StableDiffusion`, with another text encoder and UNet.
+
+    A drop-in for `keras_cv.models.StableDiffusionV2`; "sd2.1-base" is its preset, the 512-pixel
+    model that predicts noise.
+    """
+
+    TextEncoder, DiffusionModel, preset = TextEncoderV2, DiffusionModelV2, SD2
+
+    def __init__(
+        self, img_height=None, img_width=None, jit_compile=True, weights="sd2.1-base", config=None
+    ):
+        super().__init__(img_height, img_width, jit_compile, weights, config)
+
+
+def _expand(name, x, rank, batch_size):
+    """Returns `x` as a float32 array with `batch_size` entries of `rank` dimensions."""
+    x = np.asarray(keras.ops.convert_to_numpy(x), "float32")
+    x = x.reshape(-1, *x.shape[-rank:])
+    if len(x) not in (1, batch_size):
+        raise ValueError(f"{name} must have 1 or batch_size={batch_size} entries, not {len(x)}.")
+    return np.repeat(x, batch_size // len(x), axis=0)
