@@ -2,8 +2,8 @@
 
 Read `stable_diffusion.py` (the pipeline) first, then `clip_tokenizer.py`, `text_encoder.py`,
 `diffusion_model.py`, `noise_scheduler.py` and `decoder.py`, in the order in which a picture is
-made. Shapes are written with these letters: B batch, H W pixels, h w latent cells, T tokens,
-D width, C channels.
+made. Shapes are written with these letters: B batch, H W pixels, h w latent cells, T S tokens,
+D width.
 """
 
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
@@ -15,15 +15,3 @@ from stable_diffusion.stable_diffusion import StableDiffusion, StableDiffusionV2
 from stable_diffusion.text_encoder import TextEncoder, TextEncoderV2
 
 __version__ = "0.1.0"
-__all__ = [
-    "Decoder",
-    "DiffusionModel",
-    "DiffusionModelV2",
-    "ImageEncoder",
-    "NoiseScheduler",
-    "SimpleTokenizer",
-    "StableDiffusion",
-    "StableDiffusionV2",
-    "TextEncoder",
-    "TextEncoderV2",
-]

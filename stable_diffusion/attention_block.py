@@ -1,7 +1,9 @@
 """Attention: one pure function, and the two layers made of it."""
 
-from keras import ops
-from keras.layers import Dense, GroupNormalization, Layer
+import math
+from functools import partial
+
+from keras import KerasTensor, layers, ops
 
 from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.pretrained import Block
@@ -11,24 +13,22 @@ def attention(query, key, value, heads, causal=False):
     """Computes softmax(q kᵀ / √d) v in each of `heads` heads of width d = D / heads.
 
     Args:
-        query: `(B, T, D)`.
-        key, value: `(B, S, D)`.
+        query: tokens `(B, T, D)`, or a feature map `(B, h, w, D)`, whose cells are the tokens.
+        key, value: `(B, S, D)`, or `(B, h, w, D)`.
         heads: number of heads, a divisor of D.
         causal: whether token t sees only tokens up to t.
 
     Returns:
-        `(B, T, D)`.
+        The query's shape.
 
     Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
     """
 
-    width = query.shape[-1]
-
-    def split(x):  # (B, T, D) to (B, T, heads, D / heads)
-        return ops.reshape(x, (-1, ops.shape(x)[1], heads, width // heads))
+    def split(x):  # (B, ..., D) to (B, T, heads, D / heads)
+        return ops.reshape(x, (-1, math.prod(ops.shape(x)[1:-1]), heads, x.shape[-1] // heads))
 
     out = ops.dot_product_attention(split(query), split(key), split(value), is_causal=causal)
-    return ops.reshape(out, (-1, ops.shape(query)[1], width))
+    return ops.reshape(out, (-1, *ops.shape(query)[1:]))
 
 
 class Attention(Block):
@@ -41,18 +41,19 @@ class Attention(Block):
         heads: number of heads.
         use_bias: whether queries, keys and values have a bias; the output always has one.
         causal: whether a token sees only itself and those before it.
+        project: class of the four projections.
 
-    Called on `[x, context]` of shapes `(B, T, any)` and `(B, S, any)`, the same tensor twice for
-    self-attention; returns `(B, T, D)`.
+    Called on `[x, context]`, the same tensor twice for self-attention: tokens `(B, T, any)` or a
+    feature map `(B, h, w, any)` each. Returns x's shape, with D features.
     """
 
-    def __init__(self, width, heads, use_bias=False, causal=False, **kwargs):
+    def __init__(self, width, heads, use_bias=False, causal=False, project=layers.Dense, **kwargs):
         super().__init__(**kwargs)
         self.heads, self.causal = heads, causal
-        self.to_q = Dense(width, use_bias=use_bias, name="to_q")
-        self.to_k = Dense(width, use_bias=use_bias, name="to_k")
-        self.to_v = Dense(width, use_bias=use_bias, name="to_v")
-        self.to_out = Dense(width, name="to_out")
+        self.to_q = project(width, use_bias=use_bias, name="to_q")
+        self.to_k = project(width, use_bias=use_bias, name="to_k")
+        self.to_v = project(width, use_bias=use_bias, name="to_v")
+        self.to_out = project(width, name="to_out")
 
     def call(self, inputs):
         x, context = inputs
@@ -60,37 +61,26 @@ class Attention(Block):
         return self.to_out(attention(q, k, v, self.heads, self.causal))
 
 
-class AttentionBlock(Layer):
-    """One-head attention between all positions of a feature map, around a shortcut (VAE).
+class AttentionBlock(Block):
+    """One-head attention between all cells of a feature map, around a shortcut (VAE).
 
     Args:
         width: number of channels, of input and output alike.
         groups: groups of the GroupNorm.
         norm_epsilon: added to the variance of each group.
 
-    Input and output shape `(B, H, W, width)`.
+    Input and output shape `(B, h, w, width)`.
     """
 
     def __init__(self, width, groups=32, norm_epsilon=1e-5, **kwargs):
         super().__init__(**kwargs)
-        self.norm = GroupNormalization(groups, epsilon=norm_epsilon, name="norm")
-        self.to_q = PaddedConv2D(width, 1, name="to_q")
-        self.to_k = PaddedConv2D(width, 1, name="to_k")
-        self.to_v = PaddedConv2D(width, 1, name="to_v")
-        self.to_out = PaddedConv2D(width, 1, name="to_out")
+        project = partial(PaddedConv2D, kernel_size=1)
+        self.norm = layers.GroupNormalization(groups, epsilon=norm_epsilon, name="norm")
+        self.attn = Attention(width, heads=1, use_bias=True, project=project, name="attn")
 
-    def build(self, input_shape):
-        for layer in (self.norm, self.to_q, self.to_k, self.to_v, self.to_out):
-            layer.build(input_shape)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    def compute_output_spec(self, inputs):  # where h and w are not known, `call` can't tell it
+        return KerasTensor(inputs.shape, self.compute_dtype)
 
     def call(self, inputs):
-        x, shape = self.norm(inputs), ops.shape(inputs)
-        # (B, H, W, D) to (B, H * W, D) and back
-        q, k, v = (
-            ops.reshape(project(x), (-1, shape[1] * shape[2], shape[3]))
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        return inputs + self.to_out(ops.reshape(attention(q, k, v, heads=1), shape))
+        x = self.norm(inputs)
+        return inputs + self.attn([x, x])

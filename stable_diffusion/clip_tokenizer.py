@@ -22,6 +22,7 @@ Reference:
 
 import gzip
 import html
+from itertools import islice
 from pathlib import Path
 
 import ftfy
@@ -54,7 +55,8 @@ class SimpleTokenizer:
     has an upper-case letter, or stands next to a punctuation mark, can be missed.
 
     Args:
-        bpe_path: path of CLIP's gzipped list of pairs; None for the copy in `WEIGHTS_DIR`.
+        bpe_path: path of a list of pairs: CLIP's gzipped one, or a shorter one as `merges.txt` is
+            in diffusers' layout; None for CLIP's in `WEIGHTS_DIR`.
 
     Attributes:
         vocab: list of the tokens in the order of their ids.
@@ -70,15 +72,16 @@ class SimpleTokenizer:
         path = bpe_path or WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
         self.vocab = [chr(code) + ending for ending in ("", WORD_END) for code in _BYTES]
         try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                _title, *lines = [file.readline() for _ in range(1 + NUM_PAIRS)]
+            opener = gzip.open if str(path).endswith(".gz") else open
+            with opener(path, "rt", encoding="utf-8") as file:  # the first line is a title
+                lines = list(islice(file, 1, 1 + NUM_PAIRS))
             self.vocab += [*("".join(line.split()) for line in lines), START, END]
             self.encoder = {token: n for n, token in enumerate(self.vocab)}
             # While a word is put together, a piece is the one character that has its id as code.
             piece = {token: chr(n) for token, n in self.encoder.items()}
             self._joined = {piece[a] + piece[b]: piece[a + b] for a, b in map(str.split, lines)}
         except Exception as error:  # a wrong file can fail at each of these steps
-            raise ValueError(f"bpe_path {path} is not a gzip of {NUM_PAIRS} BPE pairs") from error
+            raise ValueError(f"bpe_path {path} is not a list of BPE pairs") from error
         self.start_of_text, self.end_of_text = self.encoder[START], self.encoder[END]
         self._cache = {START: [self.start_of_text], END: [self.end_of_text]}
         self.add_tokens([])

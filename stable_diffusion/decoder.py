@@ -1,10 +1,8 @@
 """The VAE's decoder: latents to pictures."""
 
-import keras
-from keras.layers import Activation, GroupNormalization, Rescaling, UpSampling2D
+from keras import Sequential, layers
 
 from stable_diffusion.attention_block import AttentionBlock
-from stable_diffusion.config import SD1
 from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.pretrained import Pretrained
 from stable_diffusion.resnet_block import ResnetBlock
@@ -19,13 +17,13 @@ def middle(c):
 def head(c, channels):
     """Returns the layers that end decoder and encoder alike, with `channels` of output."""
     return [
-        GroupNormalization(c.groups, epsilon=c.norm_epsilon, name="conv_norm_out"),
-        Activation("silu", name="conv_act"),
+        layers.GroupNormalization(c.groups, epsilon=c.norm_epsilon, name="conv_norm_out"),
+        layers.Activation("silu", name="conv_act"),
         PaddedConv2D(channels, 3, padding=1, name="conv_out"),
     ]
 
 
-class Decoder(Pretrained, keras.Sequential):
+class Decoder(Pretrained, Sequential):
     """Decodes latents; Stable Diffusion 1 and 2 share it.
 
     Args:
@@ -39,13 +37,13 @@ class Decoder(Pretrained, keras.Sequential):
     Reference: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, appendix G.
     """
 
-    config, published = SD1.vae, "kcv_decoder.h5"
+    part, preset, published = "vae", "SD1", "kcv_decoder.h5"
 
     def __init__(self, img_height, img_width, name=None, download_weights=True, config=None):
         def graph(c):
             last = len(c.widths) - 1
-            yield keras.Input((img_height >> last, img_width >> last, c.latent_channels))
-            yield Rescaling(1.0 / c.scaling_factor, name="unscale")
+            yield layers.Input((img_height >> last, img_width >> last, c.latent_channels))
+            yield layers.Rescaling(1.0 / c.scaling_factor, name="unscale")
             yield PaddedConv2D(c.latent_channels, 1, name="post_quant_conv")
             yield PaddedConv2D(c.widths[-1], 3, padding=1, name="conv_in")
             yield from middle(c)
@@ -53,7 +51,7 @@ class Decoder(Pretrained, keras.Sequential):
                 for j in range(c.res_blocks + 1):
                     yield ResnetBlock(width, c.groups, c.norm_epsilon, name=f"up_{i}_res_{j}")
                 if i < last:
-                    yield UpSampling2D(2, data_format="channels_last", name=f"up_{i}_repeat")
+                    yield layers.UpSampling2D(2, data_format="channels_last", name=f"up_{i}_repeat")
                     yield PaddedConv2D(width, 3, padding=1, name=f"up_{i}_upsample")
             yield from head(c, channels=3)
 

@@ -1,9 +1,7 @@
 """The VAE's encoder: pictures to latents."""
 
-import keras
-from keras.layers import Layer
+from keras import Sequential, layers
 
-from stable_diffusion.config import SD1
 from stable_diffusion.decoder import head, middle
 from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.pretrained import Pretrained
@@ -15,21 +13,7 @@ HALVE = (
 )  # padding before a stride of 2: at the bottom and right only, unlike the UNet
 
 
-class PosteriorMean(Layer):
-    """Takes the mean from the moments `(B, h, w, 8)` and scales it: `(B, h, w, 4)`."""
-
-    def __init__(self, scaling_factor, **kwargs):
-        super().__init__(**kwargs)
-        self.scaling_factor = scaling_factor
-
-    def compute_output_shape(self, input_shape):
-        return (*input_shape[:-1], input_shape[-1] // 2)
-
-    def call(self, inputs):
-        return inputs[..., : inputs.shape[-1] // 2] * self.scaling_factor
-
-
-class ImageEncoder(Pretrained, keras.Sequential):
+class ImageEncoder(Pretrained, Sequential):
     """Encodes pictures of any size; Stable Diffusion 1 and 2 share it.
 
     Args:
@@ -43,11 +27,11 @@ class ImageEncoder(Pretrained, keras.Sequential):
     Reference: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, appendix G.
     """
 
-    config, published = SD1.vae, "vae_encoder.h5"
+    part, preset, published = "vae", "SD1", "vae_encoder.h5"
 
     def __init__(self, download_weights=True, name=None, config=None):
         def graph(c):
-            yield keras.Input((None, None, 3))
+            yield layers.Input((None, None, 3))
             yield PaddedConv2D(c.widths[0], 3, padding=1, name="conv_in")
             for i, width in enumerate(c.widths):
                 for j in range(c.res_blocks):
@@ -57,6 +41,8 @@ class ImageEncoder(Pretrained, keras.Sequential):
             yield from middle(c)
             yield from head(c, channels=2 * c.latent_channels)
             yield PaddedConv2D(2 * c.latent_channels, 1, name="quant_conv")
-            yield PosteriorMean(c.scaling_factor, name="posterior_mean")
+            yield layers.Lambda(
+                lambda x: x[..., : c.latent_channels] * c.scaling_factor, name="scaled_mean"
+            )
 
         super().__init__(lambda c: [list(graph(c))], name, download_weights, config)

@@ -1,9 +1,8 @@
 """The noise schedule: how noise is added in training, and taken away step by step."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -59,23 +58,12 @@ def ddim_step(output, sample, alpha, alpha_prev, prediction_type="epsilon"):
     return alpha_prev**0.5 * x0 + (1 - alpha_prev) ** 0.5 * noise
 
 
-CHOICES = {
-    "beta_schedule": ("linear", "scaled_linear"),
-    "variance_type": tuple(
-        "fixed_small fixed_small_log fixed_large fixed_large_log learned learned_range".split()
-    ),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "spacing": ("linspace", "leading", "trailing"),
-}
-
-
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class NoiseScheduler:
-    """The betas of a diffusion process, forward (`add_noise`) and backward (`step`, `ddim_levels`).
+    """A diffusion process: its betas, forward (`add_noise`) and backward (`step`, `ddim_levels`).
 
-    The first six arguments are KerasCV's, with its defaults. Its `step` crashes on Keras 3 when it
-    clips, takes "_log" variances for variances and looks for a learned variance among the rows;
-    this one follows the papers. Schedules are float64 numpy arrays here, cast when they are used.
+    The first six arguments are KerasCV's, with its defaults. Schedules are float64 numpy arrays,
+    cast when they are used.
 
     Args:
         train_timesteps: number of timesteps.
@@ -88,49 +76,36 @@ class NoiseScheduler:
         spacing: how `ddim_levels` spaces timesteps: "linspace" (both ends), "leading" or "trailing"
             (Lin et al. 2024, https://arxiv.org/abs/2305.08891, table 2).
         steps_offset: added to "leading" timesteps.
-        final_alpha: noise level after the last DDIM step; None is alphas_cumprod[0].
+        final_alpha: alphas_cumprod after the last DDIM step; None is alphas_cumprod[0].
+
+    Attributes:
+        betas, alphas, alphas_cumprod: float64 arrays `(train_timesteps,)`.
 
     Raises:
-        ValueError: an unknown schedule, variance, prediction or spacing.
+        ValueError: an unknown schedule, prediction or spacing.
     """
 
     train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
-    beta_schedule: str = "linear"
+    beta_schedule: Literal["linear", "scaled_linear"] = "linear"
     variance_type: str = "fixed_small"
     clip_sample: bool = True
-    prediction_type: str = "epsilon"
-    spacing: str = "linspace"
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     steps_offset: int = 0
     final_alpha: float | None = 1.0
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
-
-    @cached_property
-    def betas(self):
-        """Variance that each timestep adds, float64 `(train_timesteps,)`."""
+        for field in fields(self):
+            known, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in known:
+                raise ValueError(f"{field.name} must be one of {known}, not {value!r}.")
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1
         ends = self.beta_start**power, self.beta_end**power
-        return np.linspace(*ends, self.train_timesteps) ** (1 / power)
-
-    @cached_property
-    def alphas(self):
-        """What of the signal's variance each timestep keeps, float64 `(train_timesteps,)`."""
-        return 1.0 - self.betas
-
-    @cached_property
-    def alphas_cumprod(self):
-        """What is left of the signal's variance at each timestep, float64 `(train_timesteps,)`."""
-        return np.cumprod(self.alphas)
-
-    @cached_property
-    def seed_generator(self):
-        """Source of the noise that `step` adds, with KerasCV's seed."""
-        return keras.random.SeedGenerator(seed=42)
+        self.betas = np.linspace(*ends, self.train_timesteps) ** (1 / power)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = np.cumprod(self.alphas)
 
     def __len__(self):
         return self.train_timesteps
@@ -157,10 +132,9 @@ class NoiseScheduler:
             "leading": np.arange(n) * (total // n) + self.steps_offset,
             "trailing": np.arange(total, 0, -total / n).round()[::-1] - 1,
         }[self.spacing].astype(int)
-        alphas = self.alphas_cumprod[timesteps]
-        final = self.alphas_cumprod[0] if self.final_alpha is None else self.final_alpha
-        levels = timesteps.tolist(), alphas.tolist(), [float(final), *alphas.tolist()[:-1]]
-        return list(zip(*levels, strict=True))[::-1]
+        alphas = self.alphas_cumprod[timesteps].tolist()
+        final = float(self.alphas_cumprod[0] if self.final_alpha is None else self.final_alpha)
+        return list(zip(timesteps.tolist(), alphas, [final, *alphas[:-1]], strict=True))[::-1]
 
     def add_noise(self, original_samples, noise, timesteps):
         """Diffuses samples to their timesteps: √alpha x0 + √(1 - alpha) noise.
@@ -174,50 +148,18 @@ class NoiseScheduler:
 
         Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equation 4.
         """
-        signal, sigma = (
-            ops.cast(ops.take(table.astype("float32"), timesteps)[:, None, None, None], x.dtype)
-            for table, x in (
-                (self.alphas_cumprod**0.5, original_samples),
-                ((1 - self.alphas_cumprod) ** 0.5, noise),
-            )
-        )
-        return signal * original_samples + sigma * noise
+        alphas = self.alphas_cumprod[:, None, None, None]
+        signal = ops.take((alphas**0.5).astype("float32"), timesteps, axis=0)
+        sigma = ops.take(((1 - alphas) ** 0.5).astype("float32"), timesteps, axis=0)
+        noise = ops.cast(sigma, noise.dtype) * noise
+        return ops.cast(signal, original_samples.dtype) * original_samples + noise
 
     def step(self, model_output, timestep, sample, predict_epsilon=True):
-        """Takes one ancestral (DDPM) step, from `timestep` to the one before.
+        """Takes one stochastic (DDPM) step back; see `samplers.ddpm.ddpm_step`.
 
-        Args:
-            model_output: tensor `(B, h, w, C)`; 2 C channels where the variance is learned.
-            timestep: int.
-            sample: tensor `(B, h, w, C)`, the noisy sample.
-            predict_epsilon: whether the model predicts as `prediction_type` says, else it
-                predicts x0.
-
-        Returns:
-            Tensor `(B, h, w, C)`.
-
-        Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equations 6 and 7; learned
-        variances as by Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672, equation 15.
+        Differs from KerasCV, which fails on Keras 3 when `clip_sample` is on, takes log variances
+        for variances and looks for a learned variance among the rows, because those are errors.
         """
-        beta, alpha = self.betas[timestep], self.alphas[timestep]
-        level = self.alphas_cumprod[timestep]
-        level_prev = self.alphas_cumprod[timestep - 1] if timestep > 0 else 1.0
-        if self.variance_type.startswith("learned"):
-            model_output, predicted = ops.split(model_output, 2, axis=-1)
-        kind = self.prediction_type if predict_epsilon else "sample"
-        x0, _ = split_prediction(model_output, sample, float(level), kind)
-        if self.clip_sample:
-            x0 = ops.clip(x0, -1.0, 1.0)
-        mean = float(level_prev**0.5 * beta / (1 - level)) * x0
-        mean = mean + float(alpha**0.5 * (1 - level_prev) / (1 - level)) * sample
-        if timestep == 0:
-            return mean
-        small = max(float((1 - level_prev) / (1 - level) * beta), 1e-20)
-        if self.variance_type == "learned":
-            deviation = ops.sqrt(predicted)
-        elif self.variance_type == "learned_range":
-            share = (predicted + 1) / 2
-            deviation = ops.exp(0.5 * (share * np.log(beta) + (1 - share) * np.log(small)))
-        else:
-            deviation = (small if "small" in self.variance_type else float(beta)) ** 0.5
-        return mean + deviation * keras.random.normal(ops.shape(sample), seed=self.seed_generator)
+        from stable_diffusion.samplers.ddpm import ddpm_step
+
+        return ddpm_step(self, model_output, timestep, sample, predict_epsilon)

@@ -23,24 +23,16 @@ class PaddedConv2D(keras.layers.Conv2D):
 
     def __init__(self, filters, kernel_size, padding=0, strides=1, **kwargs):
         same = strides == 1 and padding == kernel_size // 2
-        super().__init__(
-            filters,
-            kernel_size,
-            strides=strides,
-            padding="same" if same else "valid",
-            data_format="channels_last",
-            **kwargs,
-        )
+        kwargs |= {"strides": strides, "padding": "same" if same else "valid"}
+        super().__init__(filters, kernel_size, data_format="channels_last", **kwargs)
         sides = ((padding, padding),) * 2 if isinstance(padding, int) else padding
-        self.zero_padding = None if same else ((0, 0), *sides, (0, 0))
+        self.zeros = None if same else ((0, 0), *sides, (0, 0))
+
+    def _pad(self, x):
+        return ops.pad(x, self.zeros) if self.zeros else x
 
     def call(self, inputs):
-        return super().call(ops.pad(inputs, self.zero_padding) if self.zero_padding else inputs)
+        return super().call(self._pad(inputs))
 
     def compute_output_shape(self, input_shape):
-        batch, height, width, channels = input_shape
-        if self.zero_padding:
-            (_, (top, bottom), (left, right), _) = self.zero_padding
-            height = height and height + top + bottom
-            width = width and width + left + right
-        return super().compute_output_shape((batch, height, width, channels))
+        return super().compute_output_shape(self._pad(keras.KerasTensor(input_shape)).shape)

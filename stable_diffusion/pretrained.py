@@ -1,10 +1,9 @@
 """What the blocks share, building by a symbolic call; and the models, parameters from a file."""
 
-import keras
-from keras.layers import Layer
+from keras import KerasTensor, layers, tree
 
 
-class Block(Layer):
+class Block(layers.Layer):
     """A layer made of layers. One symbolic call builds them all and gives the output's shape.
 
     Keras would trace `call` with the backend instead, once for each level of nesting: ten times
@@ -12,32 +11,34 @@ class Block(Layer):
     """
 
     def build(self, input_shape):
-        self.compute_output_spec(keras.tree.map_shape_structure(keras.KerasTensor, input_shape))
+        some = tree.map_shape_structure(lambda shape: [n or 1 for n in shape], input_shape)
+        self.call(tree.map_shape_structure(KerasTensor, some))
 
     def compute_output_spec(self, inputs):
-        output = self.call(inputs)
-        return keras.KerasTensor(output.shape, self.compute_dtype)
+        return KerasTensor(self.call(inputs).shape, self.compute_dtype)
 
 
 class Pretrained:
     """A Keras model built from a config, whose parameters KerasCV published.
 
-    Subclasses name the `config` they build unless told otherwise, and the `published` file.
+    Subclasses name the `part` and `preset` of `checkpoints.config` that they build unless told
+    otherwise, and the `published` file.
 
     Args:
         graph: function of the config that returns the arguments of the Keras model's constructor.
         name: name of the model.
         download_weights: whether to load the published parameters, downloaded on first use.
-        config: the dataclass to build from; None is the class's.
+        config: the dataclass to build from; None is the preset's.
     """
 
-    config = published = None
+    part = preset = published = None
 
     def __init__(self, graph, name=None, download_weights=True, config=None):
+        from stable_diffusion.checkpoints import config as presets
         from stable_diffusion.checkpoints.building import uninitialized
         from stable_diffusion.checkpoints.hub import download
 
-        config = config or self.config
+        config = config or getattr(getattr(presets, self.preset), self.part)
         with uninitialized(download_weights):
             super().__init__(*graph(config), name=name)
         self.config = config

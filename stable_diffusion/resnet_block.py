@@ -1,8 +1,6 @@
 """The residual block of the VAE and, with a timestep embedding, of the UNet."""
 
-from keras.layers import Dense
-from keras.layers import GroupNormalization as GroupNorm
-from keras.ops import silu
+from keras import layers, ops
 
 from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.pretrained import Block
@@ -12,8 +10,9 @@ class ResnetBlock(Block):
     """Two convolutions, each after GroupNorm and swish, around a shortcut.
 
     As it stands it is the VAE's block; `conditioned`, it takes `[x, time]` and adds a projection of
-    the timestep embedding between the convolutions, as the UNet needs. The shortcut is a 1x1 convolution where
-    the number of channels changes. KerasCV has a class for each (`ResnetBlock`, `ResBlock`).
+    the timestep embedding between the convolutions, as the UNet needs. The shortcut is a 1x1
+    convolution where the number of channels changes. KerasCV has a class for each kind,
+    `ResnetBlock` and `ResBlock`.
 
     Args:
         width: number of output channels.
@@ -31,10 +30,10 @@ class ResnetBlock(Block):
     def __init__(self, width, groups=32, norm_epsilon=1e-5, conditioned=False, **kwargs):
         super().__init__(**kwargs)
         self.width = width
-        self.norm1 = GroupNorm(groups, epsilon=norm_epsilon, name="norm1")
+        self.norm1 = layers.GroupNormalization(groups, epsilon=norm_epsilon, name="norm1")
         self.conv1 = PaddedConv2D(width, 3, padding=1, name="conv1")
-        self.time_emb_proj = Dense(width, name="time_emb_proj") if conditioned else None
-        self.norm2 = GroupNorm(groups, epsilon=norm_epsilon, name="norm2")
+        self.time_emb_proj = layers.Dense(width, name="time_emb_proj") if conditioned else None
+        self.norm2 = layers.GroupNormalization(groups, epsilon=norm_epsilon, name="norm2")
         self.conv2 = PaddedConv2D(width, 3, padding=1, name="conv2")
 
     def build(self, input_shape):
@@ -45,8 +44,8 @@ class ResnetBlock(Block):
 
     def call(self, inputs):
         inputs, time = inputs if self.time_emb_proj else (inputs, None)
-        x = self.conv1(silu(self.norm1(inputs)))
+        x = self.conv1(ops.silu(self.norm1(inputs)))
         if self.time_emb_proj:
-            x = x + self.time_emb_proj(silu(time))[:, None, None]  # (B, D) to (B, 1, 1, D)
-        x = self.conv2(silu(self.norm2(x)))
+            x = x + self.time_emb_proj(ops.silu(time))[:, None, None]  # (B, D) to (B, 1, 1, D)
+        x = self.conv2(ops.silu(self.norm2(x)))
         return x + (self.conv_shortcut(inputs) if self.conv_shortcut else inputs)

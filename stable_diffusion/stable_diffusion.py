@@ -5,8 +5,6 @@ from functools import partial
 import keras
 import numpy as np
 
-from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.config import SD1, SD2
 from stable_diffusion.decoder import Decoder
 from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
 from stable_diffusion.image_encoder import ImageEncoder
@@ -47,23 +45,22 @@ class StableDiffusion:
         ```
     """
 
-    TextEncoder, DiffusionModel, preset = TextEncoder, DiffusionModel, SD1
+    TextEncoder, DiffusionModel = TextEncoder, DiffusionModel
+    _text_encoder = _diffusion_model = _decoder = _image_encoder = _tokenizer = None
 
     def __init__(
         self, img_height=None, img_width=None, jit_compile=True, weights="sd1.4", config=None
     ):
         from stable_diffusion.checkpoints import open_checkpoint
 
-        self.checkpoint = open_checkpoint(weights, config or self.preset)
+        self.checkpoint = open_checkpoint(weights, config, self.TextEncoder.preset)
         self.config = config = self.checkpoint.config
         self.img_height, self.img_width = img_height or config.size, img_width or config.size
+        self.jit_compile = jit_compile
         multiple = config.unet.latent_scale * 2 ** (len(config.unet.widths) - 1)
         for size in (self.img_height, self.img_width):
             if not isinstance(size, int) or size < multiple or size % multiple:
                 raise ValueError(f"Picture sizes are multiples of {multiple} pixels, not {size!r}.")
-        self.jit_compile = jit_compile
-        self._text_encoder = self._diffusion_model = self._tokenizer = None
-        self._decoder = self._image_encoder = None
 
     def _part(self, name, make, *args):
         if getattr(self, f"_{name}") is None:
@@ -96,20 +93,13 @@ class StableDiffusion:
     @property
     def tokenizer(self):
         """The `SimpleTokenizer`, which turns a prompt into tokens."""
-        if self._tokenizer is None:
-            self._tokenizer = self.checkpoint.tokenizer()
+        self._tokenizer = self._tokenizer or self.checkpoint.tokenizer()
         return self._tokenizer
 
     def text_to_image(
-        self,
-        prompt,
-        negative_prompt=None,
-        batch_size=1,
-        num_steps=50,
-        unconditional_guidance_scale=7.5,
-        seed=None,
-        **options,
-    ):
+        self, prompt, negative_prompt=None, batch_size=1, num_steps=50,
+        unconditional_guidance_scale=7.5, seed=None, **options,
+    ):  # fmt: skip
         """Draws pictures of a prompt, or of each of several.
 
         Args:
@@ -125,18 +115,11 @@ class StableDiffusion:
         Raises:
             ValueError: a prompt of more than 77 tokens, and as `generate_image`.
         """
-        context = np.repeat(self.encode_text(prompt), batch_size, axis=0)
-        if isinstance(negative_prompt, (list, tuple)):
-            negative_prompt = [text for text in negative_prompt for _ in range(batch_size)]
+        context = self.encode_text(prompt)
         return self.generate_image(
-            context,
-            negative_prompt,
-            len(context),
-            num_steps,
-            unconditional_guidance_scale,
-            seed=seed,
-            **options,
-        )
+            context, negative_prompt, len(context) * batch_size, num_steps,
+            unconditional_guidance_scale, seed=seed, **options,
+        )  # fmt: skip
 
     def encode_text(self, prompt):
         """Encodes a prompt, or each of several, as the context for `generate_image`.
@@ -152,32 +135,22 @@ class StableDiffusion:
         """
         tokens = []
         for text in [prompt] if isinstance(prompt, str) else prompt:
-            ids = self.tokenizer.encode(text)
-            if (missing := MAX_PROMPT_LENGTH - len(ids)) < 0:
-                raise ValueError(
-                    f"A prompt has at most {MAX_PROMPT_LENGTH} tokens, start and end included; "
-                    f"this one has {len(ids)}: {text!r}"
-                )
+            ids, limit = self.tokenizer.encode(text), MAX_PROMPT_LENGTH
+            if len(ids) > limit:
+                raise ValueError(f"A prompt has at most {limit} tokens, not {len(ids)}: {text!r}")
             pad = self.config.text.pad_token
-            tokens.append(ids + [self.tokenizer.end_of_text if pad is None else pad] * missing)
+            pad = self.tokenizer.end_of_text if pad is None else pad
+            tokens.append(ids + [pad] * (limit - len(ids)))
         if not tokens:
-            raise ValueError("There must be at least one prompt; the list is empty.")
+            raise ValueError("prompt must be a str or a list of at least one, not an empty list.")
+        tokens = np.array(tokens, "int32")
         positions = np.tile(np.arange(MAX_PROMPT_LENGTH, dtype="int32"), (len(tokens), 1))
-        inputs = {"tokens": np.array(tokens, "int32"), "positions": positions}
-        return self.text_encoder.predict_on_batch(inputs)
+        return self.text_encoder.predict_on_batch({"tokens": tokens, "positions": positions})
 
     def generate_image(
-        self,
-        encoded_text,
-        negative_prompt=None,
-        batch_size=1,
-        num_steps=50,
-        unconditional_guidance_scale=7.5,
-        diffusion_noise=None,
-        seed=None,
-        verbose=1,
-        callback=None,
-    ):
+        self, encoded_text, negative_prompt=None, batch_size=1, num_steps=50,
+        unconditional_guidance_scale=7.5, diffusion_noise=None, seed=None, verbose=1, callback=None,
+    ):  # fmt: skip
         """Draws pictures of an encoded text with DDIM and classifier-free guidance.
 
         Args:
@@ -210,25 +183,21 @@ class StableDiffusion:
         latent = _expand("diffusion_noise", diffusion_noise, 3, batch_size)
         context = _expand("encoded_text", encoded_text, 2, batch_size)
         scale, schedule = unconditional_guidance_scale, self.config.schedule
-        copies = 2 if scale > 1 else 1
-        if copies == 2:
-            unconditional = self.encode_text(negative_prompt or "")
-            unconditional = _expand("negative_prompt", unconditional, 2, batch_size)
+        guided = scale > 1
+        if guided:
+            encoded_text = self.encode_text(negative_prompt or "")
+            unconditional = _expand("negative_prompt", encoded_text, 2, batch_size)
             context = np.concatenate([unconditional, context])
         progress = keras.utils.Progbar(num_steps, verbose=verbose)
-        for step, (timestep, *alphas) in enumerate(schedule.ddim_levels(num_steps)):
-            inputs = {
-                "latent": np.concatenate([latent] * copies),
-                "timestep_embedding": self._get_timestep_embedding(
-                    timestep, len(context), self.config.unet.widths[0]
-                ),
-                "context": context,
-            }
-            output = np.asarray(self.diffusion_model.predict_on_batch(inputs), "float32")
-            if copies == 2:
+        for step, (timestep, alpha, alpha_prev) in enumerate(schedule.ddim_levels(num_steps)):
+            inputs = np.concatenate([latent, latent]) if guided else latent
+            time = self._get_timestep_embedding(timestep, len(inputs), self.config.unet.widths[0])
+            output = self.diffusion_model.predict_on_batch([inputs, time, context])
+            output = np.asarray(output, "float32")
+            if guided:
                 unguided, output = np.split(output, 2)
                 output = unguided + scale * (output - unguided)
-            latent = ddim_step(output, latent, *alphas, schedule.prediction_type)
+            latent = ddim_step(output, latent, alpha, alpha_prev, schedule.prediction_type)
             progress.update(step + 1)
             if callback:
                 callback(step, timestep, latent)
@@ -239,12 +208,14 @@ class StableDiffusion:
         return timestep_embedding([timestep] * batch_size, dim, max_period)
 
     def _get_initial_diffusion_noise(self, batch_size, seed):
-        h, w = self.diffusion_model.input_shape[0][1:3]
-        channels = self.config.vae.latent_channels
-        if not isinstance(seed, (list, tuple, np.ndarray)):
-            return keras.random.normal((batch_size, h, w, channels), seed=seed)
-        noise = [keras.random.normal((h, w, channels), seed=int(s)) for s in seed]
-        return np.stack([keras.ops.convert_to_numpy(n) for n in noise])
+        scale = self.config.unet.latent_scale
+        shape = self.img_height // scale, self.img_width // scale, self.config.vae.latent_channels
+        if seed is None or isinstance(seed, int | np.integer):
+            return keras.random.normal((batch_size, *shape), seed=seed)
+        if len(seed) != batch_size:
+            raise ValueError(f"{batch_size} pictures need {batch_size} seeds, not {len(seed)}.")
+        noise = [keras.random.normal((1, *shape), seed=int(one)) for one in seed]
+        return keras.ops.concatenate(noise)
 
 
 class StableDiffusionV2(StableDiffusion):
@@ -254,7 +225,7 @@ class StableDiffusionV2(StableDiffusion):
     model that predicts noise.
     """
 
-    TextEncoder, DiffusionModel, preset = TextEncoderV2, DiffusionModelV2, SD2
+    TextEncoder, DiffusionModel = TextEncoderV2, DiffusionModelV2
 
     def __init__(
         self, img_height=None, img_width=None, jit_compile=True, weights="sd2.1-base", config=None
@@ -263,9 +234,9 @@ class StableDiffusionV2(StableDiffusion):
 
 
 def _expand(name, x, rank, batch_size):
-    """Returns `x` as a float32 array with `batch_size` entries of `rank` dimensions."""
+    """Returns `x` as float32 with `batch_size` entries of `rank` dimensions, repeating each."""
     x = np.asarray(keras.ops.convert_to_numpy(x), "float32")
     x = x.reshape(-1, *x.shape[-rank:])
-    if len(x) not in (1, batch_size):
+    if batch_size % len(x):
         raise ValueError(f"{name} must have 1 or batch_size={batch_size} entries, not {len(x)}.")
     return np.repeat(x, batch_size // len(x), axis=0)

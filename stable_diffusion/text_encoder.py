@@ -1,11 +1,9 @@
 """CLIP's text encoder, of Stable Diffusion 1 and 2."""
 
 import keras
-from keras import ops
-from keras.layers import Dense, Embedding, LayerNormalization
+from keras import layers, ops
 
 from stable_diffusion.attention_block import Attention
-from stable_diffusion.config import SD1, SD2
 from stable_diffusion.pretrained import Block, Pretrained
 
 ACTIVATIONS = {
@@ -20,8 +18,8 @@ class CLIPEmbedding(Block):
 
     def __init__(self, vocab_size, width, max_length, **kwargs):
         super().__init__(**kwargs)
-        self.token_embedding = Embedding(vocab_size, width, name="token_embedding")
-        self.position_embedding = Embedding(max_length, width, name="position_embedding")
+        self.token_embedding = layers.Embedding(vocab_size, width, name="token_embedding")
+        self.position_embedding = layers.Embedding(max_length, width, name="position_embedding")
 
     def call(self, inputs):
         tokens, positions = inputs
@@ -40,11 +38,11 @@ class CLIPEncoderLayer(Block):
 
     def __init__(self, width, heads, hidden, activation, **kwargs):
         super().__init__(**kwargs)
-        self.layer_norm1 = LayerNormalization(epsilon=1e-5, name="layer_norm1")
+        self.layer_norm1 = layers.LayerNormalization(epsilon=1e-5, name="layer_norm1")
         self.self_attn = Attention(width, heads, use_bias=True, causal=True, name="self_attn")
-        self.layer_norm2 = LayerNormalization(epsilon=1e-5, name="layer_norm2")
-        self.fc1 = Dense(hidden, ACTIVATIONS[activation], name="fc1")
-        self.fc2 = Dense(width, name="fc2")
+        self.layer_norm2 = layers.LayerNormalization(epsilon=1e-5, name="layer_norm2")
+        self.fc1 = layers.Dense(hidden, ACTIVATIONS[activation], name="fc1")
+        self.fc2 = layers.Dense(width, name="fc2")
 
     def call(self, inputs):
         x = self.layer_norm1(inputs)
@@ -66,21 +64,17 @@ class TextEncoder(Pretrained, keras.Model):
     embedding, `layers[-2]` the last transformer layer.
     """
 
-    config, published = SD1.text, "kcv_encoder.h5"
+    part, preset, published = "text", "SD1", "kcv_encoder.h5"
 
     def __init__(self, max_length, vocab_size=None, name=None, download_weights=True, config=None):
         def graph(c):
             tokens = keras.Input((max_length,), dtype="int32", name="tokens")
             positions = keras.Input((max_length,), dtype="int32", name="positions")
             size = vocab_size or c.vocab_size
-            embed = CLIPEmbedding(size, c.width, max_length, name="clip_embedding")
-            x = embed([tokens, positions])
+            x = CLIPEmbedding(size, c.width, max_length, name="clip_embedding")([tokens, positions])
             for i in range(c.depth):
-                block = CLIPEncoderLayer(
-                    c.width, c.heads, c.hidden, c.activation, name=f"layer_{i}"
-                )
-                x = block(x)
-            x = LayerNormalization(epsilon=1e-5, name="final_layer_norm")(x)
+                x = CLIPEncoderLayer(c.width, c.heads, c.hidden, c.activation, name=f"layer_{i}")(x)
+            x = layers.LayerNormalization(epsilon=1e-5, name="final_layer_norm")(x)
             return [tokens, positions], x
 
         super().__init__(graph, name, download_weights, config)
@@ -89,4 +83,4 @@ class TextEncoder(Pretrained, keras.Model):
 class TextEncoderV2(TextEncoder):
     """Stable Diffusion 2's text encoder (OpenCLIP ViT-H, its last layer left out)."""
 
-    config, published = SD2.text, "text_encoder_v2_1.h5"
+    preset, published = "SD2", "text_encoder_v2_1.h5"

@@ -3,16 +3,18 @@
 from pathlib import Path
 
 from stable_diffusion.checkpoints.building import Reader
+from stable_diffusion.checkpoints.config import SD1, SD2
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 
 
-def open_checkpoint(weights, config) -> Reader:
+def open_checkpoint(weights, config=None, preset="SD1") -> Reader:
     """Finds the reader for what a user passed as `weights=`.
 
     Args:
         weights: None for fresh random parameters; a preset's name ("emoji", "sd1.4",
             "sd2.1-base"); or a folder, of KerasCV's .h5 files or in diffusers' layout.
-        config: the `Config` where `weights` doesn't tell it.
+        config: the `Config` where `weights` doesn't tell it; None is that of `preset`.
+        preset: "SD1" or "SD2".
 
     Returns:
         A `Reader`. Nothing is downloaded before a part is built.
@@ -23,6 +25,7 @@ def open_checkpoint(weights, config) -> Reader:
     from stable_diffusion.checkpoints.diffusers import DiffusersFolder
     from stable_diffusion.checkpoints.kerascv import PRESETS, KerasCVFolder, KerasCVPreset
 
+    config = config or {"SD1": SD1, "SD2": SD2}[preset]
     if weights is None:
         return Reader(config)
     if weights in PRESETS:

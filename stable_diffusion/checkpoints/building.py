@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from keras.layers import Layer
 
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.config import Config
+from stable_diffusion.checkpoints.config import Config
 
 PARTS = {
     "text_encoder": "text",

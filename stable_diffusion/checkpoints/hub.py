@@ -1,1 +1,118 @@
-def download(file): raise ValueError
+"""Downloads published parameters from the Hugging Face hub, and checks them before use.
+
+`huggingface_hub` does the work: cache, progress, retries, `HF_HOME`, `HF_ENDPOINT`, and all its
+other settings. A file that is in its cache is used without asking the network.
+
+The files are converted from Stability AI's and CompVis's. By using them you accept their licences:
+Stable Diffusion 1.4, CreativeML Open RAIL-M,
+https://raw.githubusercontent.com/CompVis/stable-diffusion/main/LICENSE; Stable Diffusion 2.1,
+CreativeML Open RAIL++-M,
+https://raw.githubusercontent.com/Stability-AI/stablediffusion/main/LICENSE-MODEL.
+"""
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
+PUBLISHED = {  # file: (repository on the hub, sha256)
+    "kcv_encoder.h5": (
+        "fchollet/stable-diffusion",
+        "4789e63e07c0e54d6a34a29b45ce81ece27060c499a709d556c7755b42bb0dc4",
+    ),
+    "kcv_diffusion_model.h5": (
+        "fchollet/stable-diffusion",
+        "8799ff9763de13d7f30a683d653018e114ed24a6a819667da4f5ee10f9e805fe",
+    ),
+    "kcv_decoder.h5": (
+        "fchollet/stable-diffusion",
+        "ad350a65cc8bc4a80c8103367e039a3329b4231c2469a1093869a345f55b1962",
+    ),
+    "vae_encoder.h5": (
+        "fchollet/stable-diffusion",
+        "c60fb220a40d090e0f86a6ab4c312d113e115c87c40ff75d11ffcf380aab7ebb",
+    ),
+    "text_encoder_v2_1.h5": (
+        "ianstenbit/keras-sd2.1",
+        "985002e68704e1c5c3549de332218e99c5b9b745db7171d5f31fcd9a6089f25b",
+    ),
+    "diffusion_model_v2_1.h5": (
+        "ianstenbit/keras-sd2.1",
+        "c31730e91111f98fe0e2dbde4475d381b5287ebb9672b1821796146a25c5132d",
+    ),
+}
+BY_HAND = (
+    "If you have the file from elsewhere, put it under this name into a folder and pass "
+    "weights=FOLDER, or the file's path to the model's load_weights."
+)
+
+
+def download(filename) -> str:
+    """Returns the path of a published file, downloaded if it isn't in the cache.
+
+    Args:
+        filename: a key of `PUBLISHED`.
+
+    Returns:
+        The path in the cache of `huggingface_hub`, of a file whose sha256 was checked. The check
+        of a file is remembered with its size and time of change in a small file beside it, because
+        hashing gigabytes takes seconds.
+
+    Raises:
+        ValueError: the file is not a published one, can't be downloaded, or has another sha256, in
+            which case it is removed from the cache.
+        ImportError: `huggingface_hub` isn't installed.
+    """
+    if filename not in PUBLISHED:
+        raise ValueError(f"The published files are {', '.join(PUBLISHED)}, not {filename!r}.")
+    repo, sha256 = PUBLISHED[filename]
+    path = _fetch(repo, filename)
+    _verify(Path(path), repo, sha256)
+    return path
+
+
+def _fetch(repo, filename):
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants, errors
+    except ImportError as error:
+        raise ImportError(
+            f"Downloading {filename} takes huggingface_hub, which isn't installed: "
+            f'pip install "stable-diffusion[hub]". {BY_HAND}'
+        ) from error
+
+    path = hub.try_to_load_from_cache(repo, filename)
+    if isinstance(path, str):
+        return path
+    try:
+        # Without a network, hf_hub_download alone would go on trying for half a minute. Whether a
+        # server that does answer is asked again is left to it.
+        with suppress(errors.HfHubHTTPError):
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename))
+        return hub.hf_hub_download(repo, filename)
+    except Exception as error:  # also those of the HTTP library beneath, which changes
+        raise ValueError(
+            f"{filename} can't be downloaded from {repo} on {constants.ENDPOINT} "
+            f"({type(error).__name__}: {error}). {BY_HAND}"
+        ) from error
+
+
+def _verify(path, repo, sha256):
+    blob = path.resolve()  # what the cache shows under `path` is a link
+    checked, stat = blob.with_name(f"{blob.name}.sha256-ok"), blob.stat()
+    record = f"{sha256} {stat.st_size} {stat.st_mtime_ns}"
+    if checked.is_file() and checked.read_text() == record:
+        return
+    received = hashlib.sha256()
+    with blob.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            received.update(chunk)
+    if received.hexdigest() == sha256:
+        with suppress(OSError):  # where the cache is read-only, the file is hashed each time
+            checked.write_text(record)
+        return
+    for file in (path, blob, checked):
+        file.unlink(missing_ok=True)
+    raise ValueError(
+        f"{path.name} from {repo} is not the published file and was removed from the cache: its "
+        f"sha256 is {received.hexdigest()}, not {sha256}. Download it again. {BY_HAND}"
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from stable_diffusion.config import SD1, SD2, Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.checkpoints.config import SD1, SD2, Config, TextConfig, UNetConfig, VAEConfig
 
 SD1_INPAINTING = replace(SD1, unet=UNetConfig(in_channels=9))
 TINY = Config(  # for tests and demonstrations: every kind of layer, few parameters

@@ -1,0 +1,1 @@
+"""Samplers beside the pipeline's DDIM: ways from noise to a latent."""

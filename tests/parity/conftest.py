@@ -1,0 +1,15 @@
+"""Skips this folder, with the reason, where KerasCV can't be the reference."""
+
+import compare_keras_cv
+import pytest
+
+REASON = compare_keras_cv.missing()
+
+
+class SkippedModule(pytest.Module):
+    def collect(self):
+        pytest.skip(REASON, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return SkippedModule.from_parent(parent, path=module_path) if REASON else None

@@ -1,0 +1,99 @@
+"""Compares the full-width models with KerasCV's, layer by layer.
+
+The reference is keras_cv 0.9.0, on TensorFlow in float32, for pictures 64 pixels high and 128 wide.
+The output of every layer agrees within 1e-5 of its largest value, each gradient within 1e-4.
+"""
+
+from math import prod
+
+import compare_keras_cv
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from stable_diffusion import DiffusionModel
+from stable_diffusion.checkpoints.presets import SD1_INPAINTING
+
+SIZE, TOLERANCE, GRADIENT_TOLERANCE = 64, 1e-5, 1e-4
+PARAMETERS = {
+    "text_encoder": 123_060_480,
+    "text_encoder_v2": 340_387_840,
+    "diffusion_model": 859_520_964,
+    "diffusion_model_v2": 865_910_724,
+    "decoder": 49_490_199,
+    "image_encoder": 34_163_664,
+}
+LAYERS = {
+    "text_encoder": 14,
+    "text_encoder_v2": 25,
+    "diffusion_model": 63,
+    "diffusion_model_v2": 63,
+    "decoder": 27,
+    "image_encoder": 20,
+}
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
+def compared(request):
+    """The model's name, and both models compared once; they are freed before the tests."""
+    return request.param, compare_keras_cv.compare(request.param, SIZE, seed=0)
+
+
+def test_parameters_have_the_same_order_and_shapes(compared):
+    model, (_, shapes, expected) = compared
+    assert shapes == expected
+    assert sum(map(prod, shapes)) == PARAMETERS[model]
+
+
+def test_every_layer_is_equal(compared):
+    model, (rows, _, _) = compared
+    assert len(rows) == LAYERS[model]
+    assert {name: error for name, _, error in rows if not error <= TOLERANCE} == {}
+
+
+def test_inpainting_has_five_more_input_channels():
+    with keras.StatelessScope(initialize_variables=False):  # shapes only, without the memory
+        model = DiffusionModel(64, 64, 77, download_weights=False, config=SD1_INPAINTING.unet)
+        shapes = [weight.shape for weight in model.weights]
+    keras.backend.clear_session()
+    assert (3, 3, 9, 320) in shapes
+    assert sum(map(prod, shapes)) == 859_535_364
+
+
+@pytest.mark.large
+def test_gradients_of_all_parameters_of_the_unet_are_equal():
+    rng = np.random.default_rng(0)
+    ours, theirs = compare_keras_cv.build_pair("diffusion_model", SIZE, 2 * SIZE)
+    compare_keras_cv.share_parameters(ours, theirs, rng)
+    inputs = compare_keras_cv.random_inputs(ours, SIZE, rng)
+    target = rng.standard_normal((len(inputs[0]), *ours.output_shape[1:]), dtype="float32")
+
+    def gradients(model):
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean((model(inputs) - target) ** 2)
+        return tape.gradient(loss, [weight.value for weight in model.weights])
+
+    pairs = list(zip(ours.weights, gradients(ours), gradients(theirs), strict=True))
+    assert len(pairs) == 686
+    errors = {weight.path: compare_keras_cv.relative_error(a, b) for weight, a, b in pairs}
+    assert {path: e for path, e in errors.items() if not e <= GRADIENT_TOLERANCE} == {}
+    assert all(np.any(gradient) for _, _, gradient in pairs)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "vae"], "invalid choice: 'vae'"),
+        (["--size", "100"], "must be a positive multiple of 64, not '100'"),
+        (["--seed", "-1"], "must be an integer from 0, not '-1'"),
+        (["--sumary", "1"], "unrecognized arguments: --sumary 1"),
+    ],
+)
+def test_script_rejects_bad_arguments_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        compare_keras_cv.main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1

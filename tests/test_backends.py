@@ -1,0 +1,83 @@
+"""The same parameters, noise and prompt give the same picture on every backend, within 2 levels.
+
+Each backend that is installed draws in a process of its own; the reference is the first of them.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BACKENDS = ("tensorflow", "jax", "torch", "openvino")
+INSTALLED = [backend for backend in BACKENDS if find_spec(backend)]
+LEVELS = 2
+
+DRAW = """
+import sys
+
+import keras
+import numpy as np
+
+from stable_diffusion import StableDiffusion
+from stable_diffusion.checkpoints.presets import TINY
+
+target, rng = sys.argv[1], np.random.default_rng(0)
+jit = keras.backend.backend() == "jax"  # which is slow without
+model = StableDiffusion(weights=None, jit_compile=jit, config=TINY)
+for part in (model.text_encoder, model.diffusion_model, model.decoder, model.image_encoder):
+    part.set_weights([
+        0.1 * rng.standard_normal(v.shape) + (v.name == "gamma") if len(v.shape) == 1
+        else rng.standard_normal(v.shape) / np.sqrt(np.prod(v.shape[:-1]))
+        for v in part.weights
+    ])
+images = model.text_to_image(
+    ["a red apple", "a blue cat"],
+    negative_prompt="dull",
+    num_steps=3,
+    verbose=0,
+    diffusion_noise=rng.standard_normal((2, 8, 8, 4)),
+)
+latents = model.image_encoder.predict_on_batch(images.astype("float32") / 127.5 - 1)
+np.savez(target, images=images, latents=np.asarray(latents))
+"""
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Returns a function that draws with a backend, once."""
+    folder, results = tmp_path_factory.mktemp("drawn"), {}
+
+    def draw(backend):
+        if backend not in results:
+            target = folder / f"{backend}.npz"
+            result = subprocess.run(
+                [sys.executable, "-c", DRAW, str(target)],
+                env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert result.returncode == 0, result.stderr[-4000:]
+            with np.load(target) as arrays:
+                results[backend] = dict(arrays)
+        return results[backend]
+
+    return draw
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pictures_are_equal(backend, drawn):
+    if backend not in INSTALLED:
+        pytest.skip(f"the backend {backend} is not installed")
+    if backend == INSTALLED[0] and len(INSTALLED) == 1:
+        pytest.skip(f"{backend} is the only backend that is installed: nothing to compare it with")
+    found, expected = drawn(backend), drawn(INSTALLED[0])
+    assert found["images"].shape == (2, 64, 64, 3) and found["images"].dtype == np.uint8
+    assert found["images"].std() > 1
+    assert np.abs(found["images"].astype(int) - expected["images"]).max() <= LEVELS
+    np.testing.assert_allclose(found["latents"], expected["latents"], atol=1e-2)

@@ -1,0 +1,473 @@
+"""Folders in diffusers' layout: what is written is read back, and what doesn't fit is refused.
+
+Parameters are copied, so they are compared for equality. That the layout is diffusers' own shows
+tests/test_diffusers_golden.py, and the last test here, which needs diffusers.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from keras import ops
+from safetensors.numpy import load_file, save_file
+
+from stable_diffusion import (
+    Decoder,
+    DiffusionModel,
+    ImageEncoder,
+    SimpleTokenizer,
+    StableDiffusion,
+    TextEncoder,
+)
+from stable_diffusion.checkpoints.diffusers import DiffusersFolder, save_diffusers
+from stable_diffusion.checkpoints.presets import TINY, TINY_V2, original
+
+MAKE = {
+    "text_encoder": lambda c: TextEncoder(77, config=c.text, download_weights=False),
+    "diffusion_model": lambda c: DiffusionModel(
+        c.size, c.size, 77, config=c.unet, download_weights=False
+    ),
+    "decoder": lambda c: Decoder(c.size, c.size, config=c.vae, download_weights=False),
+    "image_encoder": lambda c: ImageEncoder(config=c.vae, download_weights=False),
+}
+SMALL = replace(TINY, text=replace(TINY.text, vocab_size=600))
+THREE_LEVELS = replace(
+    original(SMALL),
+    unet=replace(
+        original(SMALL).unet,
+        widths=(16, 32, 32),
+        heads=(1, 2, 4),
+        attention=(False, True, True),
+        res_blocks=2,
+        in_channels=9,
+        latent_scale=4,
+        groups=8,
+    ),
+    vae=replace(
+        original(SMALL).vae, widths=(8, 16, 16), res_blocks=2, groups=4, scaling_factor=1.0
+    ),
+    schedule=replace(
+        original(SMALL).schedule,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        spacing="trailing",
+        train_timesteps=500,
+    ),
+)
+CONFIGS = {
+    "v1": SMALL,
+    "v1_original": original(SMALL),
+    "v2": replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600)),
+    "v2_original": original(replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600))),
+    "three_levels": THREE_LEVELS,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer of 80 pairs, 594 tokens."""
+    learned, pieces = [], SimpleTokenizer()
+    for token in pieces.vocab[512:592]:
+        ends = 5 if token.endswith("</w>") else 1
+        learned.append(f"{token[:-ends]} {token[-ends:]}")
+    learned = [pair for pair in learned if len(pair.removesuffix("</w>")) == 3]
+    path = tmp_path_factory.mktemp("vocabulary") / "merges.txt"
+    path.write_text("\n".join(["#version: 0.2", *learned]) + "\n", encoding="utf-8")
+    return SimpleTokenizer(path)
+
+
+def random_models(config):
+    rng = np.random.default_rng(0)
+    models = {part: make(config) for part, make in MAKE.items()}
+    for model in models.values():
+        for variable in model.weights:
+            variable.assign(rng.normal(size=variable.shape).astype("float32"))
+    return models
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return random_models(SMALL)
+
+
+@pytest.fixture(scope="session")
+def saved(tiny, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_diffusers(folder, SMALL, tiny, tokenizer, "float32")
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def check_equal(actual, expected, cast=None):
+    for a, b in zip(actual.weights, expected.weights, strict=True):
+        b = ops.cast(ops.cast(b, cast), b.dtype) if cast else b
+        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b), a.path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name, tokenizer, tmp_path):
+    config = CONFIGS[name]
+    models = random_models(config)
+    save_diffusers(tmp_path / "model", config, models, tokenizer, "float32")
+    reader = DiffusersFolder(tmp_path / "model")
+    schedule = replace(config.schedule, clip_sample=False)
+    assert reader.config == replace(config, schedule=schedule)
+    assert reader.tokenizer().encoder == tokenizer.encoder
+    for part, model in models.items():
+        empty = MAKE[part](config)
+        reader.load(part, empty)
+        check_equal(empty, model)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_round_trip_at_half_precision(tiny, tokenizer, tmp_path, dtype):
+    save_diffusers(tmp_path / "model", SMALL, tiny, tokenizer, dtype)
+    reader = DiffusersFolder(tmp_path / "model")
+    for part in ("text_encoder", "decoder"):
+        model = MAKE[part](SMALL)
+        reader.load(part, model)
+        check_equal(model, tiny[part], cast=dtype)
+    save_diffusers(tmp_path / "again", SMALL, {"text_encoder": reader_model(reader)}, None, dtype)
+    first, second = (
+        (tmp_path / name / "text_encoder" / "model.safetensors").read_bytes()
+        for name in ("model", "again")
+    )
+    assert first == second
+
+
+def reader_model(reader):
+    model = MAKE["text_encoder"](reader.config)
+    reader.load("text_encoder", model)
+    return model
+
+
+def test_pipeline(saved, tiny, tokenizer):
+    pipeline = StableDiffusion(weights=saved, jit_compile=False)
+    for part, model in tiny.items():
+        check_equal(getattr(pipeline, part), model)
+    reference = StableDiffusion(weights=None, config=SMALL, jit_compile=False)
+    for part, model in tiny.items():
+        setattr(reference, f"_{part}", model)
+    reference._tokenizer = tokenizer
+    images = [
+        p.text_to_image("a cat", num_steps=2, seed=1, verbose=0) for p in (pipeline, reference)
+    ]
+    np.testing.assert_array_equal(*images)
+
+
+def test_added_tokens(tmp_path, tokenizer):
+    mine = SimpleTokenizer()
+    mine.add_tokens(["<zebra>", "<ape>"])
+    config = replace(SMALL, text=replace(SMALL.text, width=4, heads=1, depth=1, hidden=4))
+    model = TextEncoder(77, len(mine.vocab), config=config.text, download_weights=False)
+    save_diffusers(tmp_path / "model", config, {"text_encoder": model}, mine)
+    reader = DiffusersFolder(tmp_path / "model")
+    assert reader.config.text.vocab_size == 49410
+    assert reader.tokenizer().encode("an <ape>") == mine.encode("an <ape>")
+    assert reader.tokenizer().encode("an <ape>")[-2] == 49409
+
+
+def test_older_names_of_the_attention_in_the_vae(folder, tiny):
+    """Files from before diffusers 0.15, as matrices and as convolutions."""
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        for ours, theirs in old.items() if ".attentions." in name else ():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        is_matrix = ".attentions." in name and tensor.ndim == 2 and "key" not in name
+        tensors[name] = tensor[..., None, None] if is_matrix else tensor
+    save_file(tensors, path)
+    for part in ("decoder", "image_encoder"):
+        model = MAKE[part](SMALL)
+        DiffusersFolder(folder).load(part, model)
+        check_equal(model, tiny[part])
+
+
+def test_harmless_tensors_are_ignored(folder, tiny):
+    path = folder / "text_encoder" / "model.safetensors"
+    extra = {"text_model.embeddings.position_ids": np.arange(77)[None]}
+    save_file(load_file(path) | extra, path)
+    model = MAKE["text_encoder"](SMALL)
+    DiffusersFolder(folder).load("text_encoder", model)
+    check_equal(model, tiny["text_encoder"])
+
+
+def shard(path, name="model-2.safetensors"):
+    """Cuts a file in two, the second called `name`."""
+    tensors = load_file(path)
+    names = sorted(tensors)
+    files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({n: tensors[n] for n in part}, path.with_name(file))
+    path.unlink()
+    where = {n: file for file, part in files.items() for n in part}
+    where = {n: name if file == "model-2.safetensors" else file for n, file in where.items()}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def test_shards_and_fp16_names(folder, tiny):
+    text = folder / "text_encoder" / "model.safetensors"
+    shard(text)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    for part in ("text_encoder", "diffusion_model"):
+        model = MAKE[part](SMALL)
+        DiffusersFolder(folder).load(part, model)
+        check_equal(model, tiny[part])
+
+
+@pytest.mark.parametrize("name", ["../model-2.safetensors", "/model-2.safetensors", "model.bin"])
+def test_index_that_leaves_the_folder(folder, name):
+    shard(folder / "text_encoder" / "model.safetensors", name)
+    with pytest.raises(ValueError, match="no file beside it"):
+        DiffusersFolder(folder).load("text_encoder", MAKE["text_encoder"](SMALL))
+
+
+def test_index_of_a_missing_file(folder):
+    shard(folder / "text_encoder" / "model.safetensors", "model-3.safetensors")
+    with pytest.raises(ValueError, match="'model-3.safetensors', which is missing"):
+        DiffusersFolder(folder).load("text_encoder", MAKE["text_encoder"](SMALL))
+
+
+def test_tensors_that_do_not_fit_are_listed_and_none_is_loaded(folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["text_model.final_layer_norm.bias"]
+    tensors["text_model.embeddings.token_embedding.weight"] = np.zeros((601, 32), "float32")
+    tensors |= {f"extra.{n:02}": np.zeros(1, "float32") for n in range(12)}
+    save_file(tensors, path)
+    model = MAKE["text_encoder"](SMALL)
+    before = [ops.convert_to_numpy(v) for v in model.weights]
+    with pytest.raises(ValueError) as error:
+        DiffusersFolder(folder).load("text_encoder", model)
+    message = str(error.value)
+    assert str(path) in message
+    assert "1 missing (text_model.final_layer_norm.bias)" in message
+    assert "12 unused (extra.00, " in message and "extra.09, ...)" in message
+    assert (
+        "1 misshapen (text_model.embeddings.token_embedding.weight (601, 32), not (600, 32))"
+        in (message)
+    )
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+
+
+@pytest.mark.parametrize("size", [4, 1000, -1])
+def test_truncated_file(folder, size):
+    path = folder / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="model.safetensors is no intact safetensors file"):
+        DiffusersFolder(folder).load("text_encoder", MAKE["text_encoder"](SMALL))
+
+
+def test_only_pickles(folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    path.rename(path.with_name("pytorch_model.bin"))
+    with pytest.raises(ValueError, match=r"no model\.safetensors in"):
+        DiffusersFolder(folder).load("text_encoder", MAKE["text_encoder"](SMALL))
+
+
+def test_missing_part(folder):
+    shutil.rmtree(folder / "unet")
+    pipeline = StableDiffusion(64, 64, weights=folder, jit_compile=False)
+    assert pipeline.text_encoder is not None
+    with pytest.raises(ValueError, match=r"diffusion_model can't be loaded: there is no .*unet"):
+        _ = pipeline.diffusion_model
+
+
+def test_missing_scheduler_is_stable_diffusions(folder):
+    shutil.rmtree(folder / "scheduler")
+    assert DiffusersFolder(folder).config.schedule == original(SMALL).schedule
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"_class_name": "PNDMScheduler"}, {"final_alpha": None}),
+        ({"_class_name": "DDIMScheduler"}, {"final_alpha": 1.0}),
+        ({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}, {"final_alpha": 1.0}),
+        ({"set_alpha_to_one": False, "timestep_spacing": "trailing"}, {"spacing": "trailing"}),
+        ({"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_schedulers(folder, changes, expected):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"beta_start": 0.001, "beta_end": 0.01} | changes))
+    schedule = DiffusersFolder(folder).config.schedule
+    assert (schedule.beta_start, schedule.beta_end, schedule.steps_offset) == (0.001, 0.01, 1)
+    assert {name: getattr(schedule, name) for name in expected} == expected
+
+
+def test_activations_and_heads(folder):
+    edit(folder / "text_encoder" / "config.json", hidden_act="gelu_new")
+    edit(folder / "unet" / "config.json", attention_head_dim=8)
+    edit(folder / "tokenizer" / "special_tokens_map.json", pad_token={"content": "!"})
+    edit(folder / "tokenizer" / "tokenizer_config.json", pad_token={"content": "!"})
+    config = DiffusersFolder(folder).config
+    assert config.text.activation == "gelu_tanh"
+    assert config.unet.heads == (8, 8)
+    assert config.text.pad_token == 0
+
+
+@pytest.mark.parametrize(
+    "file, key, value, supported",
+    [
+        ("unet/config.json", "act_fn", "gelu", "'silu'"),
+        ("unet/config.json", "num_attention_heads", 8, "None"),
+        ("unet/config.json", "class_embed_type", "timestep", "None"),
+        ("unet/config.json", "transformer_layers_per_block", [1, 2], "1"),
+        ("unet/config.json", "attention_head_dim", [2, 4, 8], "an int or 2 of them"),
+        ("unet/config.json", "attention_head_dim", 5, "an int or 2 of them"),
+        ("unet/config.json", "block_out_channels", [], "a list of positive ints"),
+        ("unet/config.json", "block_out_channels", None, "a list of positive ints"),
+        ("unet/config.json", "cross_attention_dim", [32, 32], "a positive int"),
+        ("unet/config.json", "layers_per_block", True, "a positive int"),
+        ("unet/config.json", "use_linear_projection", "yes", "of type bool"),
+        ("unet/config.json", "sample_size", [8, 8], "an int"),
+        ("unet/config.json", "down_block_types", ["DownBlock2D", "AttnDownBlock2D"], "2 of 'Cr"),
+        ("unet/config.json", "up_block_types", ["UpBlock2D", "UpBlock2D"], "as on the way down"),
+        ("vae/config.json", "shift_factor", 0.1, "None"),
+        ("vae/config.json", "scaling_factor", "0.18", "a number"),
+        ("vae/config.json", "up_block_types", ["UpDecoderBlock2D"], "'UpDecoderBlock2D', 'UpDeco"),
+        ("text_encoder/config.json", "hidden_act", "relu", "one of 'quick_gelu', 'gelu'"),
+        ("text_encoder/config.json", "max_position_embeddings", 248, "77"),
+        ("text_encoder/config.json", "num_attention_heads", 5, "a divisor of hidden_size"),
+        (
+            "scheduler/scheduler_config.json",
+            "beta_schedule",
+            "squaredcos_cap_v2",
+            "'scaled_linear'",
+        ),
+        ("scheduler/scheduler_config.json", "prediction_type", "flow", "'v_prediction'"),
+        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True, "False"),
+        ("scheduler/scheduler_config.json", "set_alpha_to_one", 1, "true or false"),
+        ("tokenizer/tokenizer_config.json", "pad_token", "#", "one of '<|endoftext|>', '!'"),
+    ],
+)
+def test_unsupported_configs(folder, file, key, value, supported):
+    edit(folder / file, **{key: value})
+    with pytest.raises(ValueError) as error:
+        DiffusersFolder(folder)
+    message = str(error.value)
+    assert str(folder / file) in message
+    assert f"{key} must be " in message and supported in message and repr(value) in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_files_that_are_no_json_object(folder, text):
+    (folder / "unet" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"unet/config\.json"):
+        DiffusersFolder(folder)
+
+
+def test_folder_without_configs(tmp_path):
+    with pytest.raises(ValueError, match="has none of"):
+        DiffusersFolder(tmp_path)
+
+
+def test_vocabulary_that_does_not_follow_from_the_merges(folder):
+    edit(folder / "tokenizer" / "vocab.json", **{"!": 1, '"': 0})
+    with pytest.raises(ValueError, match="vocab.json doesn't follow from"):
+        DiffusersFolder(folder).tokenizer()
+
+
+def test_added_token_out_of_order(folder):
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<new>": 599}')
+    with pytest.raises(ValueError, match="gives '<new>' the id 599"):
+        DiffusersFolder(folder).tokenizer()
+
+
+def test_more_tokens_than_embeddings(folder):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ValueError, match="49408 tokens, its text encoder an embedding for 600"):
+        DiffusersFolder(folder).tokenizer()
+
+
+def test_replacing_a_checkpoint_keeps_the_files_beside_it(folder, tiny, tokenizer):
+    (folder / "README.md").write_text("mine")
+    (folder / "safety_checker").mkdir()
+    save_diffusers(folder, SMALL, {"text_encoder": tiny["text_encoder"]}, tokenizer)
+    assert (folder / "README.md").read_text() == "mine"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer"}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_failed_save_leaves_everything_as_it_was(folder, tokenizer):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    model = MAKE["text_encoder"](SMALL)
+    model.weights[-1].assign(model.weights[-1] + 1e6)
+    with pytest.raises(ValueError, match="final_layer_norm/beta has values that are not finite in"):
+        save_diffusers(folder, SMALL, {"text_encoder": model}, tokenizer, "float16")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_arguments_of_save(tiny, tokenizer, tmp_path):
+    text = {"text_encoder": tiny["text_encoder"]}
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, not 'i"):
+        save_diffusers(tmp_path / "new", SMALL, text, tokenizer, "int8")
+    with pytest.raises(ValueError, match="Parts are text_encoder, .* not unet"):
+        save_diffusers(tmp_path / "new", SMALL, {"unet": tiny["diffusion_model"]}, tokenizer)
+    with pytest.raises(ValueError, match="pass decoder and image_encoder, or neither"):
+        save_diffusers(tmp_path / "new", SMALL, {"decoder": tiny["decoder"]}, tokenizer)
+    for field, config in {
+        "pad_token": replace(SMALL, text=replace(SMALL.text, pad_token=7)),
+        "final_alpha": replace(SMALL, schedule=replace(SMALL.schedule, final_alpha=0.5)),
+    }.items():
+        with pytest.raises(ValueError, match=f"{field} must be one of|{field} must be None or 1.0"):
+            save_diffusers(tmp_path / "new", config, text, tokenizer)
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is no diffusers folder; it isn't replaced"):
+        save_diffusers(tmp_path, SMALL, text, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.large
+@pytest.mark.filterwarnings("default")  # of these libraries, about each other
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_diffusers_draws_the_same_picture(name, tmp_path):
+    reason = "needs PyTorch, diffusers and transformers: pip install torch diffusers transformers"
+    torch = pytest.importorskip("torch", reason=reason)
+    diffusers = pytest.importorskip("diffusers", reason=reason)
+    pytest.importorskip("transformers", reason=reason)
+    config = original({"v1": TINY, "v2": TINY_V2}[name])
+    models = {part: make(config) for part, make in MAKE.items()}
+    rng = np.random.default_rng(0)
+    for model in models.values():
+        for variable in model.weights:
+            noise, fan_in = rng.normal(size=variable.shape), np.prod(variable.shape[:-1])
+            if variable.path.endswith("/kernel"):
+                variable.assign(noise * fan_in**-0.5)
+            else:
+                variable.assign(0.2 * noise + (variable.path.endswith("/gamma")))
+    save_diffusers(tmp_path / "model", config, models, dtype="float32")
+    pipeline = StableDiffusion(weights=tmp_path / "model", jit_compile=False)
+    noise = rng.normal(size=(1, 8, 8, 4)).astype("float32")
+    prompt = "a photo of a cat, 1980"
+    picture = pipeline.text_to_image(prompt, num_steps=4, diffusion_noise=noise, verbose=0)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path / "model", safety_checker=None
+    )
+    drawn = theirs(
+        prompt,
+        num_inference_steps=4,
+        guidance_scale=7.5,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2)),
+        output_type="np",
+    ).images
+    drawn = (drawn * 255).round().astype("uint8")
+    assert drawn.std() > 30
+    assert np.abs(picture.astype(int) - drawn).max() <= 2

@@ -1,0 +1,246 @@
+"""Downloads, from a server on the loopback that speaks what `hf_hub_download` asks of the hub."""
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stable_diffusion import Decoder, StableDiffusion
+from stable_diffusion.checkpoints import hub
+from stable_diffusion.checkpoints.hub import PUBLISHED, download
+from stable_diffusion.checkpoints.kerascv import PRESETS, V1_FILES, Preset
+from stable_diffusion.checkpoints.presets import TINY
+
+pytest.importorskip("huggingface_hub")
+from huggingface_hub import constants, utils  # noqa: E402
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONTENT = bytes(range(256)) * 4000  # 1 MB
+FILE = "kcv_decoder.h5"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `files`, a dict of paths; records requests; cuts the first `cuts` answers short."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.requests, self.cuts = {}, [], 0
+
+    def gets(self, file=FILE):
+        return [
+            headers for method, path, headers in self.requests if (method, file) == ("GET", path)
+        ]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer()
+
+    do_GET = do_HEAD
+
+    def answer(self):
+        repo, _, file = self.path.strip("/").partition("/resolve/main/")
+        self.server.requests.append((self.command, file, self.headers))
+        content = self.server.files.get((repo, file))
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content) - start))
+        if "Range" in self.headers:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            end = len(content)
+            if self.server.cuts:
+                self.server.cuts -= 1
+                end, self.close_connection = end // 2, True
+            self.wfile.write(content[start:end])
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def point_hub_at(endpoint, cache, monkeypatch):
+    """Does what HF_ENDPOINT and HF_HOME do, which `huggingface_hub` reads when it is imported."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            endpoint = f"http://127.0.0.1:{server.server_port}"
+            with point_hub_at(endpoint, tmp_path / "cache", monkeypatch):
+                yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def publish(server, monkeypatch, content=CONTENT, file=FILE):
+    repo, _ = PUBLISHED[file]
+    monkeypatch.setitem(PUBLISHED, file, (repo, hashlib.sha256(content).hexdigest()))
+    server.files[repo, file] = content
+
+
+def test_second_time_comes_from_the_cache(server, monkeypatch):
+    publish(server, monkeypatch)
+    path = download(FILE)
+    assert Path(path).name == FILE and Path(path).read_bytes() == CONTENT
+    requests = len(server.requests)
+    assert len(server.gets()) == 1
+    assert download(FILE) == path
+    assert len(server.requests) == requests  # nothing was asked, not even whether it changed
+
+
+def test_a_file_is_hashed_once(server, monkeypatch):
+    publish(server, monkeypatch)
+    path = Path(download(FILE))
+    monkeypatch.setattr(hub.hashlib, "sha256", lambda: pytest.fail("hashed again"))
+    download(FILE)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(pytest.fail.Exception, match="hashed again"):
+        download(FILE)
+
+
+def test_read_only_cache(server, monkeypatch):
+    publish(server, monkeypatch)
+    (checked,) = Path(download(FILE)).resolve().parent.glob("*.sha256-ok")
+    checked.unlink()
+
+    def refuse(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert Path(download(FILE)).read_bytes() == CONTENT
+
+
+def test_interrupted_download_goes_on_where_it_stopped(server, monkeypatch):
+    publish(server, monkeypatch)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # it is 10 MB
+    server.cuts = 1
+    assert Path(download(FILE)).read_bytes() == CONTENT
+    first, second = server.gets()
+    assert "Range" not in first and second["Range"] == f"bytes={len(CONTENT) // 2}-"
+
+
+@pytest.mark.parametrize("damaged", ["on the hub", "in the cache"])
+def test_wrong_content(damaged, server, monkeypatch):
+    publish(server, monkeypatch)
+    repo, expected = PUBLISHED[FILE]
+    other = b"x" * len(CONTENT)
+    if damaged == "on the hub":
+        server.files[repo, FILE] = other
+    else:
+        Path(download(FILE)).write_bytes(other)
+    with pytest.raises(ValueError, match="was removed from the cache") as error:
+        download(FILE)
+    for part in (FILE, repo, expected, hashlib.sha256(other).hexdigest(), "weights=FOLDER"):
+        assert part in str(error.value)
+    cache = Path(constants.HF_HUB_CACHE)
+    assert not [path for path in cache.rglob("*") if path.name.startswith(FILE)]
+    assert not [path for path in cache.rglob("blobs/*")]
+    server.files[repo, FILE] = CONTENT
+    assert Path(download(FILE)).read_bytes() == CONTENT
+
+
+def test_no_such_file_on_the_hub(server):
+    with pytest.raises(ValueError, match="404") as error:
+        download(FILE)
+    for part in (FILE, PUBLISHED[FILE][0], constants.ENDPOINT, "weights=FOLDER"):
+        assert part in str(error.value)
+
+
+def test_no_network(tmp_path, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        start = time.monotonic()
+        with point_hub_at(endpoint, tmp_path, monkeypatch):
+            with pytest.raises(ValueError, match="can't be downloaded") as error:
+                download(FILE)
+        assert time.monotonic() - start < 5
+    for part in (FILE, PUBLISHED[FILE][0], endpoint, "weights=FOLDER"):
+        assert part in str(error.value)
+
+
+def test_not_a_published_file():
+    with pytest.raises(ValueError, match="published files are kcv_encoder.h5, .* not 'x.h5'"):
+        download("x.h5")
+
+
+def test_without_huggingface_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r'pip install "stable-diffusion\[hub\]"'):
+        download(FILE)
+
+
+def test_hub_settings_in_the_environment(server, monkeypatch, tmp_path):
+    """In a fresh process, from this one module, so that Keras needn't be imported again."""
+    publish(server, monkeypatch)
+    code = (
+        "import runpy, sys; module = runpy.run_path(sys.argv[1]);"
+        "module['PUBLISHED'][sys.argv[2]] = tuple(sys.argv[3:]);"
+        "print(module['download'](sys.argv[2]))"
+    )
+    environment = os.environ | {
+        "HF_ENDPOINT": constants.ENDPOINT,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", code, hub.__file__, FILE, *PUBLISHED[FILE]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    path = Path(done.stdout.strip())
+    assert path.is_relative_to(tmp_path / "home" / "hub") and path.read_bytes() == CONTENT
+    assert done.stderr == ""
+
+
+def test_pipeline_downloads_each_part_when_it_is_built(server, monkeypatch, tmp_path):
+    from test_checkpoints_kerascv import layers_of, write_legacy
+
+    layers = layers_of(Decoder(64, 64, config=TINY.vae, download_weights=False))
+    content = write_legacy(tmp_path / FILE, layers).read_bytes()
+    publish(server, monkeypatch, content)
+    monkeypatch.setitem(PRESETS, "sd1.4", Preset(TINY, V1_FILES))
+    pipeline = StableDiffusion(jit_compile=False)
+    assert pipeline.config == TINY and server.requests == []
+    weights = pipeline.decoder.get_weights()
+    expected = [value for _, tensors in layers for _, value in tensors]
+    for value, other in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(value, other)
+    assert {file for _, file, _ in server.requests} == {FILE} and len(server.gets()) == 1
+    with pytest.raises(ValueError, match="kcv_encoder.h5 can't be downloaded"):
+        _ = pipeline.text_encoder

@@ -1,0 +1,80 @@
+"""Parameter counts of the named architectures. The reference is KerasCV 0.9.0, the published sizes."""
+
+import keras
+import pytest
+
+from stable_diffusion import Decoder, DiffusionModel, ImageEncoder, TextEncoder
+from stable_diffusion.checkpoints.building import uninitialized
+from stable_diffusion.checkpoints.presets import SD1, SD1_INPAINTING, SD2, TINY, TINY_V2, original
+
+large = pytest.mark.large
+
+
+@pytest.fixture
+def half():
+    """Half of the memory; the values don't matter."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float16")
+    with uninitialized():
+        yield
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (SD1, 123_060_480),
+        pytest.param(SD2, 340_387_840, marks=large),
+        (TINY, 49408 * 32 + 77 * 32 + 2 * 8544 + 64),
+    ],
+)
+def test_text_encoder(half, config, count):
+    model = TextEncoder(77, config=config.text, download_weights=False)
+    assert model.count_params() == count
+    assert model.output_shape == (None, 77, config.text.width)
+
+
+@large
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(SD1, 859_520_964), (SD2, 865_910_724), (SD1_INPAINTING, 859_535_364)],
+)
+def test_diffusion_model(half, config, count):
+    model = DiffusionModel(512, 512, 77, config=config.unet, download_weights=False)
+    assert model.count_params() == count
+    assert model.output_shape == (None, 64, 64, 4)
+
+
+def test_decoder(half):
+    model = Decoder(512, 512, config=SD1.vae, download_weights=False)
+    assert model.count_params() == 49_490_199
+    assert model.output_shape == (None, 512, 512, 3)
+
+
+def test_image_encoder(half):
+    model = ImageEncoder(config=SD1.vae, download_weights=False)
+    assert model.count_params() == 34_163_664
+    assert model.layers[-2].output.shape == (None, None, None, 8)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_V2])
+def test_tiny_sizes_stay_tiny(half, config):
+    unet = DiffusionModel(64, 64, 77, config=config.unet, download_weights=False)
+    decoder = Decoder(64, 64, config=config.vae, download_weights=False)
+    assert unet.count_params() < 1e6 and decoder.count_params() < 2e5
+
+
+def test_original_undoes_every_departure():
+    config = original(SD2)
+    assert config.text.activation == "gelu" and config.text.pad_token == 0
+    assert config.unet.norm_epsilon == config.vae.norm_epsilon == 1e-6
+    assert not config.unet.approximate_gelu
+    assert config.schedule.ddim_levels(50)[0][0] == 981
+    assert config.schedule.ddim_levels(50)[-1][0] == 1
+    assert original(SD1).text == SD1.text
+    assert original(original(SD2)) == original(SD2)
+
+
+def test_configs_are_equal_by_value():
+    assert original(SD1) != SD1
+    assert len({SD1, SD2, SD1_INPAINTING, original(SD1), original(SD1)}) == 4

@@ -1,0 +1,298 @@
+"""The command `stable-diffusion`: what it writes, and how it fails."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import stable_diffusion
+from stable_diffusion import __main__ as command
+from stable_diffusion import __version__
+from stable_diffusion.checkpoints.presets import TINY
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--steps", "2", "--seed", "7"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    keras.utils.set_random_seed(0)
+    jit = keras.backend.backend() == "jax"  # which is slow without
+    model = stable_diffusion.StableDiffusion(weights=None, jit_compile=jit, config=TINY)
+    return {name: getattr(model, name) for name in ("text_encoder", "diffusion_model", "decoder")}
+
+
+@pytest.fixture
+def tiny(monkeypatch, parts, tmp_path):
+    """Makes the command draw with tiny models of random parameters, in an empty folder."""
+    original, asked = stable_diffusion.StableDiffusion, []
+
+    def pipeline(height, width, jit, weights):
+        asked.append((height, width, jit, weights))
+        if weights != "emoji":
+            return original(height, width, jit, weights=weights)
+        model = original(height, width, jit, weights=None, config=TINY)
+        if (model.img_height, model.img_width) == (64, 64):
+            for name, part in parts.items():
+                setattr(model, f"_{name}", part)
+        return model
+
+    monkeypatch.setattr(stable_diffusion, "StableDiffusion", pipeline)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+@pytest.fixture
+def run(capfd):
+    """Returns a function that runs the command: its status, lines of output and errors."""
+
+    def run(*argv):
+        capfd.readouterr()
+        try:
+            status = command.main(list(argv))
+        except SystemExit as error:
+            status = error.code
+        out, err = capfd.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return run
+
+
+# Pictures
+
+
+def test_one_picture(tiny, run):
+    assert run("A red apple, on blue!", *FAST) == (0, ["a-red-apple-on-blue-7.png"], [])
+    path = Path("a-red-apple-on-blue-7.png")
+    assert path.read_bytes().startswith(PNG)
+    with Image.open(path) as image:
+        assert image.size == (64, 64) and image.mode == "RGB"
+        assert image.text == {
+            "prompt": "A red apple, on blue!",
+            "negative": "",
+            "seed": "7",
+            "steps": "2",
+            "guidance": "7.5",
+            "sampler": "ddim",
+            "size": "64x64",
+            "weights": "emoji",
+            "version": __version__,
+        }
+    assert os.listdir() == [path.name]
+    assert tiny == [(None, None, False, "emoji")]
+
+
+def test_drawn_again_from_its_text_it_is_the_same(tiny, run):
+    status, [path], _ = run("a cat", "--negative", "blué", "--guidance", "3", "--steps", "2")
+    assert status == 0
+    with Image.open(path) as image:
+        text, pixels = image.text, np.array(image)
+    width, height = text["size"].split("x")
+    options = ("negative", "seed", "steps", "guidance", "sampler", "weights")
+    given = [argument for name in options for argument in (f"--{name}", text[name])]
+    again = run(text["prompt"], *given, "--height", height, "--width", width, "--out", "b.png")
+    assert again == (0, ["b.png"], [])
+    with Image.open("b.png") as image:
+        np.testing.assert_array_equal(np.array(image), pixels)
+        assert image.text == text
+
+
+def test_several_prompts_each_with_a_batch(tiny, run):
+    status, paths, err = run("a cat", "a dog", "--batch", "2", *FAST)
+    assert (status, err) == (0, [])
+    assert paths == ["a-cat-7.png", "a-cat-8.png", "a-dog-9.png", "a-dog-10.png"]
+    pictures = {path: np.array(Image.open(path)) for path in paths}
+    assert Image.open("a-dog-10.png").text["seed"] == "10"
+    run("a dog", "--steps", "2", "--seed", "10", "--out", "alone.png")
+    difference = pictures["a-dog-10.png"].astype(int) - np.array(Image.open("alone.png"))
+    assert np.abs(difference).max() <= 1
+
+
+def test_options_between_prompts(tiny, run):
+    assert run("a cat", *FAST, "a dog")[1] == ["a-cat-7.png", "a-dog-8.png"]
+
+
+def test_out_of_several_is_numbered(tiny, run):
+    assert run("a", "b", "--out", "x/y.png", *FAST) == (0, ["x/y-1.png", "x/y-2.png"], [])
+    assert sorted(os.listdir("x")) == ["y-1.png", "y-2.png"]
+
+
+def test_out_can_be_a_folder(tiny, run):
+    Path("here").mkdir()
+    assert run("a", "--out", "here", *FAST)[1] == ["here/a-7.png"]
+    assert run("a", "--out", "new/er/", *FAST)[1] == ["new/er/a-7.png"]
+    assert Path("here/a-7.png").is_file() and Path("new/er/a-7.png").is_file()
+
+
+def test_a_file_of_the_same_name_is_overwritten(tiny, run):
+    Path("x.PNG").write_text("old")
+    assert run("a", "--out", "x.PNG", *FAST)[0] == 0
+    assert Path("x.PNG").read_bytes().startswith(PNG)
+
+
+def test_without_a_seed_one_is_chosen_and_stored(tiny, run):
+    seeds = [re.fullmatch(r"a-(\d+).png", run("a", "--steps", "1")[1][0])[1] for _ in range(2)]
+    assert seeds[0] != seeds[1]
+    assert Image.open(f"a-{seeds[0]}.png").text["seed"] == seeds[0]
+
+
+def test_the_greatest_seed(tiny, run):
+    status, paths, _ = run("a", "--batch", "2", "--steps", "1", "--seed", str(2**32 - 1))
+    assert (status, paths) == (0, ["a-4294967295.png", "a-0.png"])
+
+
+def test_size(tiny, run):
+    _, [path], _ = run("a", "--height", "32", "--width", "48", *FAST)
+    with Image.open(path) as image:
+        assert image.size == (48, 32) and image.text["size"] == "48x32"
+
+
+def test_jit_is_passed_on(tiny, run):
+    run("a", "--jit", *FAST)
+    assert tiny == [(None, None, True, "emoji")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a cat", "a-cat"),
+        ("  A  Cat!? ", "a-cat"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("猫 and é", "猫-and-é"),
+        ("", "picture"),
+        ("...", "picture"),
+        ("🐱", "picture"),
+        ("snake_case", "snake-case"),
+        ("word " * 60, "-".join(["word"] * 16)),
+    ],
+)
+def test_slug(prompt, name):
+    assert command.slug(prompt) == name
+
+
+def test_nothing_half_written(tiny, run, monkeypatch):
+    Path("x.png").write_text("old")
+
+    def broken(self, path, *args, **kwargs):
+        Path(path).write_bytes(PNG)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", broken)
+    status, out, err = run("a", "--out", "x.png", *FAST)
+    assert (status, out) == (1, [])
+    assert err == ["stable-diffusion: OSError: [Errno 28] No space left on device"]
+    assert os.listdir() == ["x.png"] and Path("x.png").read_text() == "old"
+
+
+def test_progress_is_shown_on_a_terminal_only(tiny, run, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    status, out, err = run("a", *FAST)
+    assert (status, out) == (0, ["a-7.png"])
+    assert "0 of 1 pictures drawn, step 2 of 2" in "".join(err)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: PROMPT"),
+        (["a", "--steps", "0"], "--steps: '0' is not an integer from 1 to 1000"),
+        (["a", "--steps", "1.5"], "--steps: '1.5' is not an integer from 1 to 1000"),
+        (["a", "--guidance", "nan"], "--guidance: 'nan' is not a number from 0 to 1000"),
+        (["a", "--guidance", "x"], "--guidance: 'x' is not a number from 0 to 1000"),
+        (["a", "--seed", "-1"], "--seed: '-1' is not an integer from 0 to 4294967295"),
+        (["a", "--seed", "4294967296"], "is not an integer from 0 to 4294967295"),
+        (["a", "--batch", "0"], "--batch: '0' is not an integer from 1 to 1024"),
+        (["a", "--sampler", "euler"], "--sampler: invalid choice: 'euler' (choose from"),
+        (["a", "--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["a", "--step", "3"], "unrecognized arguments: --step"),
+        (["a", "--steps"], "--steps: expected one argument"),
+        (["\udcff"], "'\\udcff' is not in UTF-8"),
+        (["a", "--out", "a.jpg"], "--out: 'a.jpg' is neither a .png file nor a folder"),
+        (["a", "--out", "apple"], "--out: 'apple' is neither a .png file nor a folder"),
+        (["a", "--out", "file/a.png"], "--out: no folder file: File exists"),
+        (["a", "--height", "100"], "multiples of 16 pixels, not 100"),
+        (["a", "--width", "0"], "--width: '0' is not an integer from 1 to 65536"),
+        (["a", "--weights", "sd3"], "preset (emoji, sd1.4, sd2.1-base), a folder in diffusers'"),
+        (["a", "cat " * 99], "at most 77 tokens, start and end included; this one has 101"),
+        (["a", "--negative", "cat " * 99], "at most 77 tokens"),
+    ],
+)
+def test_wrong_arguments(tiny, run, argv, message):
+    Path("file").touch()
+    status, out, err = run(*argv)
+    assert (status, out, len(err)) == (2, [], 1)
+    assert err[0].startswith("stable-diffusion: ") and message in err[0]
+    assert os.listdir() == ["file"]
+
+
+def test_ctrl_c(tiny, run, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "write", interrupted)
+    assert run("a", *FAST) == (130, [], ["stable-diffusion: interrupted"])
+
+
+def test_a_missing_library(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def missing(*args, **kwargs):
+        raise ImportError("Downloading takes huggingface_hub,\nwhich isn't installed")
+
+    monkeypatch.setattr(stable_diffusion, "StableDiffusion", missing)
+    status, _, err = run("a", *FAST)
+    assert status == 1
+    assert err == [
+        "stable-diffusion: ImportError: Downloading takes huggingface_hub, which isn't installed"
+    ]
+
+
+# The process
+
+
+def process(*argv, **options):
+    return subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=120, **options
+    )
+
+
+def test_help_and_version():
+    result = process("-m", "stable_diffusion", "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    assert 'stable-diffusion "a red apple on a blue background"' in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    result = process("-m", "stable_diffusion", "--version")
+    assert result.stdout == f"stable-diffusion {__version__}\n"
+
+
+def test_the_process_ends_with_the_status():
+    result = process("-m", "stable_diffusion", "a", "--steps", "0")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_arguments_are_parsed_before_keras_is_imported():
+    code = (
+        "import sys; from stable_diffusion.__main__ import get_parser; get_parser().parse_args"
+        "(['a']); sys.exit('keras' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert process("-c", code).returncode == 0
+
+
+def test_tensorflow_is_silent(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+    arguments = ["a", "--weights", str(tmp_path), "--out", str(tmp_path / "a.png")]
+    result = process("-m", "stable_diffusion", *arguments, env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1, result.stderr
