@@ -61,11 +61,12 @@ def randomize(model, rng):
 
 
 def relative_error(a, b):
-    """Returns max|a - b| / max|b|, where b is the reference; NaN if either has one."""
+    """Returns max|a - b| / max|b|, where b is the reference; NaN if that is zero or not finite."""
     a, b = (np.asarray(keras.ops.convert_to_numpy(x), "float64") for x in (a, b))
     if a.shape != b.shape:
         raise ValueError(f"The shapes differ: {a.shape} and {b.shape}.")
-    return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), np.finfo("float32").tiny))
+    largest = np.max(np.abs(b))
+    return float(np.max(np.abs(a - b)) / largest) if 0 < largest < np.inf else math.nan
 
 
 def build_pair(model, height, width):

@@ -56,7 +56,8 @@ SCHEDULE = NoiseScheduler(clip_sample=False, prediction_type="v_prediction", spa
 SUBJECTS = (("hot dog", "birthday cake"), ("rat", "paw prints"))
 KL_WEIGHT = 1e-6
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
-PLAIN = 0.75  # share of latents that show the subject in the centre, at full size
+PLACES = [(None, None), ("small", None)]  # sizes and sides, see emoji_data.py
+PLAIN = 0.75  # share of the first of them
 PROMPTS = [
     "a red apple on a blue background",
     "a cat on a green background",
@@ -183,13 +184,12 @@ def encode_pictures(names, pictures, encoder, cache):
         Latents, float32 `(N, 16, 16, 4)` of unit variance; what each shows, N tuples
         `(name, colour, size, side)`; and the factor that gave them unit variance.
     """
-    places = [(None, None), ("small", None), *(("small", side) for side in emoji.SIDES)]
     shown = [
         (i, colour, size, side)
         for i, name in enumerate(names)
         for colour in emoji.COLOURS
         if not emoji.held_out(name, colour)
-        for size, side in places
+        for size, side in PLACES
     ]
 
     def picture(i, colour, size, side):
@@ -302,7 +302,7 @@ def main():
     encoder, decoder = train_vae(names, pictures, args.work / "vae", args.vae_epochs, args.steps)
     cache = args.work / "latents.npy"
     latents, shown, factor = encode_pictures(names, pictures, encoder, cache)
-    tokenizer = write_vocabulary(emoji.load(args.data)[0], args.work / "merges.txt")
+    tokenizer = write_vocabulary(names, args.work / "merges.txt")
     print(f"{len(latents)} latents times {factor:.4f}, {len(tokenizer.vocab)} tokens", flush=True)
 
     config = replace(

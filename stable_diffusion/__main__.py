@@ -18,10 +18,10 @@ pictures go to standard output, one a line; everything else goes to standard err
 """
 EPILOG = """\
 Without --out a picture is named after its prompt and seed, as in
-a-red-apple-on-a-blue-background-0.png, and put into the current folder. With --out FILE.png it gets
-this name; of several, FILE-1.png, FILE-2.png and so on. With --out FOLDER/ the names are as without,
-but in that folder. Folders are made where they are missing. A file of the same name is overwritten:
-the same command with the same --seed writes the same files again.
+a-red-apple-on-a-blue-background-0.png, and put into the current folder. With --out FILE.png it
+gets this name; of several, FILE-1.png, FILE-2.png and so on. With --out FOLDER/ the names are as
+without, but in that folder. Folders are made where they are missing. A file of the same name is
+overwritten: the same command with the same --seed writes the same files again.
 
 Each picture has a seed of its own: the first --seed, each next one 1 more. Its PNG has all that it
 takes to draw it again as text: prompt, negative, seed, steps, guidance, sampler, size (width x

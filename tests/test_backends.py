@@ -26,6 +26,13 @@ import numpy as np
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints.presets import TINY
 
+if keras.backend.backend() == "openvino":  # by default it computes in bfloat16 where the CPU can
+    import openvino
+
+    compile_model = openvino.compile_model
+    openvino.compile_model = lambda model, device: compile_model(
+        model, device, {"INFERENCE_PRECISION_HINT": "f32"}
+    )
 target, rng = sys.argv[1], np.random.default_rng(0)
 jit = keras.backend.backend() == "jax"  # which is slow without
 model = StableDiffusion(weights=None, jit_compile=jit, config=TINY)

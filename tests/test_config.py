@@ -1,4 +1,4 @@
-"""Parameter counts of the named architectures. The reference is KerasCV 0.9.0, the published sizes."""
+"""Parameter counts of the named architectures. The reference is KerasCV 0.9.0."""
 
 import keras
 import pytest

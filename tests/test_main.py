@@ -224,7 +224,7 @@ def test_progress_is_shown_on_a_terminal_only(tiny, run, monkeypatch):
         (["a", "--height", "100"], "multiples of 16 pixels, not 100"),
         (["a", "--width", "0"], "--width: '0' is not an integer from 1 to 65536"),
         (["a", "--weights", "sd3"], "preset (emoji, sd1.4, sd2.1-base), a folder in diffusers'"),
-        (["a", "cat " * 99], "at most 77 tokens, start and end included; this one has 101"),
+        (["a", "cat " * 99], "a prompt has at most 77 tokens, not 101"),
         (["a", "--negative", "cat " * 99], "at most 77 tokens"),
     ],
 )
@@ -232,7 +232,7 @@ def test_wrong_arguments(tiny, run, argv, message):
     Path("file").touch()
     status, out, err = run(*argv)
     assert (status, out, len(err)) == (2, [], 1)
-    assert err[0].startswith("stable-diffusion: ") and message in err[0]
+    assert err[0].startswith("stable-diffusion: ") and message.lower() in err[0].lower()
     assert os.listdir() == ["file"]
 
 

@@ -128,14 +128,14 @@ def test_wrong_number_of_seeds_negatives_and_contexts(model):
         {"seed": [1, 2, 3]},
         {"negative_prompt": ["a", "b", "c"]},
     ):
-        with pytest.raises(ValueError, match="must have 1 or batch_size=2 entries"):
+        with pytest.raises(ValueError, match="2.*not 3"):
             draw(model, ["x", "y"], **wrong)
     with pytest.raises(ValueError, match="encoded_text must have 1 or batch_size=2 entries, not 3"):
         model.generate_image(np.zeros((3, 77, D)), batch_size=2, seed=0, verbose=0)
 
 
 def test_no_prompts(model):
-    with pytest.raises(ValueError, match="at least one prompt"):
+    with pytest.raises(ValueError, match="prompt.*at least one"):
         draw(model, [])
 
 
@@ -145,9 +145,9 @@ def test_too_long_prompts(model, word):
     assert model.encode_text(longest).shape == (1, 77, D)
     too_long = longest + word
     count = len(model.tokenizer.encode(too_long))
-    with pytest.raises(ValueError, match=f"at most 77 tokens.*has {count}: 'cat cat"):
+    with pytest.raises(ValueError, match=f"at most 77 tokens.* {count}.*: 'cat cat"):
         model.encode_text(too_long)
-    with pytest.raises(ValueError, match=f"has {count}"):
+    with pytest.raises(ValueError, match=f"at most 77 tokens.* {count}"):
         draw(model, negative_prompt=too_long)
 
 
@@ -201,7 +201,7 @@ class Spy:
         predict = model.predict_on_batch
 
         def spy(inputs):
-            self.batches.append({len(value) for value in inputs.values()})
+            self.batches.append({len(value) for value in keras.tree.flatten(inputs)})
             return predict(inputs)
 
         monkeypatch.setattr(model, "predict_on_batch", spy)

@@ -53,8 +53,8 @@ FILES = {
 # --- Names of parameters: ours, then diffusers'. -------------------------------------------------
 #
 # A path such as "down_0_attn_1/attn1/to_q/kernel" is translated component by component: the first
-# by NAMES of its part, the last by LEAVES, those between by WITHIN, except in residual blocks, which
-# are the same within.
+# by NAMES of its part, the last by LEAVES, those between by WITHIN (not in residual blocks, which
+# are the same within).
 
 NAMES = {
     "text_encoder": {

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 
 from stable_diffusion.checkpoints.building import Reader
-from stable_diffusion.checkpoints.hub import download
 from stable_diffusion.checkpoints.config import SD1, SD2, Config
+from stable_diffusion.checkpoints.hub import download
 
 V1_FILES = {
     "text_encoder": "kcv_encoder.h5",

@@ -1,7 +1,7 @@
 """Compares every block with KerasCV's class: outputs, and gradients of all parameters.
 
-The reference is keras_cv 0.9.0, on TensorFlow in float32. Outputs agree within 5e-6 of their
-largest value and gradients within 1e-4 of theirs, a few hundred roundings.
+The reference is keras_cv 0.9.0, on TensorFlow in float32. Outputs agree within 2e-6 of their
+largest value and gradients within 5e-6 of theirs, some dozens of roundings.
 """
 
 import numpy as np
@@ -19,17 +19,12 @@ from keras_cv.src.models.stable_diffusion import (
 
 from stable_diffusion.attention_block import Attention, AttentionBlock
 from stable_diffusion.checkpoints.presets import SD1, SD2, TINY
-from stable_diffusion.diffusion_model import (
-    GEGLU,
-    DiffusionModel,
-    SpatialTransformer,
-    TransformerBlock,
-)
+from stable_diffusion.diffusion_model import GEGLU, DiffusionModel, SpatialTransformer
 from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.resnet_block import ResnetBlock
 from stable_diffusion.text_encoder import CLIPEmbedding, CLIPEncoderLayer
 
-OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 5e-6, 1e-4
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 5e-6
 MAP, TOKENS, CONTEXT, TIME = (2, 6, 4, 64), (2, 9, 64), (2, 7, 48), (2, 80)
 
 
@@ -122,15 +117,10 @@ def test_clip_attention():  # only causal: without a mask theirs fails
 
 
 @pytest.mark.parametrize("config", [SD1.unet, SD2.unet], ids=["convolution", "dense"])
-def test_spatial_transformer(config):
+def test_spatial_transformer(config):  # theirs has a BasicTransformerBlock inside
     ours = SpatialTransformer(64, 4, config)
     theirs = diffusion_model.SpatialTransformer(4, 16, fully_connected=config.linear_projection)
     assert_equal(ours, theirs, tensors(MAP, CONTEXT))
-
-
-def test_transformer_block():
-    theirs = diffusion_model.BasicTransformerBlock(64, 4, 16)
-    assert_equal(TransformerBlock(64, 4), theirs, tensors(TOKENS, CONTEXT))
 
 
 def test_geglu():

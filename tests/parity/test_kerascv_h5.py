@@ -1,7 +1,7 @@
 """Loads files that KerasCV on Keras 2 wrote, as the published ones were, of all six models.
 
 The reference are the outputs of KerasCV 0.9.0 on Keras 2.15, in another environment, and of KerasCV
-on Keras 3 with the same file, on TensorFlow in float32: within 1e-4 of the largest value.
+on Keras 3 with the same file, on TensorFlow in float32: within 2e-5 of the largest value.
 """
 
 import os
@@ -15,8 +15,8 @@ from compare_keras_cv import build_pair, free_memory, random_inputs, relative_er
 from stable_diffusion.checkpoints.kerascv import is_legacy
 
 PYTHON = os.environ.get("KERASCV2_PYTHON")
-SIZE, TOLERANCE = 64, 1e-4
-BYTES = {  # of KerasCV's published files, less than 1 MB of it for the HDF5 structure
+SIZE, TOLERANCE = 64, 2e-5
+BYTES = {  # of KerasCV's published files, to which HDF5 adds about 1 MB
     "text_encoder": 123_060_480 * 4,
     "text_encoder_v2": 340_387_840 * 4,
     "diffusion_model": 859_520_964 * 4,
@@ -27,7 +27,7 @@ BYTES = {  # of KerasCV's published files, less than 1 MB of it for the HDF5 str
 WRITER = """
 import sys
 import numpy as np
-from keras_cv.models import stable_diffusion
+from keras_cv.src.models import stable_diffusion
 
 name, inputs, output, file, *sizes = sys.argv[1:]
 model = getattr(stable_diffusion, name)(*map(int, sizes), download_weights=False)
@@ -48,7 +48,7 @@ pytestmark = [
     pytest.mark.large,
     pytest.mark.skipif(
         not PYTHON,
-        reason="KERASCV2_PYTHON isn't set: the path of a Python >= 3.9 with "
+        reason="KERASCV2_PYTHON isn't set: the path of a Python 3.9 to 3.11 with "
         "`pip install keras-cv==0.9.0 tensorflow==2.15.1 keras==2.15.0`",
     ),
 ]
@@ -69,7 +69,7 @@ def test_file_written_by_keras_2(model, tmp_path):
     try:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert BYTES[model] < file.stat().st_size < BYTES[model] + 1e6
+        assert BYTES[model] < file.stat().st_size < BYTES[model] + 2e6
         assert is_legacy(file)
         ours.load_weights(file)
         theirs.load_weights(str(file))
