@@ -38,12 +38,15 @@ class Pretrained:
         from stable_diffusion.checkpoints.building import uninitialized
         from stable_diffusion.checkpoints.hub import download
 
-        config = config or getattr(getattr(presets, self.preset), self.part)
+        preset = getattr(getattr(presets, self.preset), self.part)
+        if download_weights and config not in (None, preset):
+            raise ValueError("download_weights must be False for a config that isn't the preset's.")
+        path = download(self.published) if download_weights else None
         with uninitialized(download_weights):
-            super().__init__(*graph(config), name=name)
-        self.config = config
-        if download_weights:
-            self.load_weights(download(self.published))
+            super().__init__(*graph(config or preset), name=name)
+        self.config = config or preset
+        if path:
+            self.load_weights(path)
 
     def load_weights(self, filepath, **kwargs):
         """Loads parameters from KerasCV's .h5 (Keras 2 legacy) or Keras 3's .weights.h5.
