@@ -22,10 +22,10 @@ from keras import ops
 from PIL import Image
 
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
+from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers
 from stable_diffusion.checkpoints.presets import original
 from stable_diffusion.clip_tokenizer import NUM_PAIRS, WEIGHTS_DIR
-from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 here = Path(__file__)

@@ -6,12 +6,24 @@ made. Shapes are written with these letters: B batch, H W pixels, h w latent cel
 D width.
 """
 
-from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.decoder import Decoder
-from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
-from stable_diffusion.image_encoder import ImageEncoder
-from stable_diffusion.noise_scheduler import NoiseScheduler
-from stable_diffusion.stable_diffusion import StableDiffusion, StableDiffusionV2
-from stable_diffusion.text_encoder import TextEncoder, TextEncoderV2
+from importlib import import_module
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "clip_tokenizer": ["SimpleTokenizer"],
+    "decoder": ["Decoder"],
+    "diffusion_model": ["DiffusionModel", "DiffusionModelV2"],
+    "image_encoder": ["ImageEncoder"],
+    "noise_scheduler": ["NoiseScheduler"],
+    "stable_diffusion": ["StableDiffusion", "StableDiffusionV2"],
+    "text_encoder": ["TextEncoder", "TextEncoderV2"],
+}
+
+
+def __getattr__(name):  # Keras is imported when it is first needed, so that `--help` is quick
+    for module, names in _PUBLIC.items():
+        if name == module or name in names:
+            found = import_module(f"{__name__}.{module}")
+            return getattr(found, name, found)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

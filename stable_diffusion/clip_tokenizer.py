@@ -163,13 +163,12 @@ class SimpleTokenizer:
         return text.decode(errors="replace").strip(" ")
 
     def _encode_word(self, word: str) -> list[int]:
-        """Returns the ids of one word, by byte-pair encoding; remembers those of 65,536 words."""
+        """Returns the ids of one word, by byte-pair encoding, and remembers them."""
         pieces = word.encode().translate(_BYTE_TO_ID).decode("latin-1")
         pieces = pieces[:-1] + chr(ord(pieces[-1]) + 256)  # the id of that byte at a word's end
         while pairs := {pieces[n : n + 2] for n in range(len(pieces) - 1)} & self._joined.keys():
             first_learned = min(pairs, key=self._joined.get)
             pieces = pieces.replace(first_learned, self._joined[first_learned])
         ids = [ord(piece) for piece in pieces]
-        if len(self._cache) < 2**16:
-            self._cache[word] = ids
+        self._cache[word] = ids
         return ids

@@ -39,8 +39,6 @@ class Pretrained:
         from stable_diffusion.checkpoints.hub import download
 
         preset = getattr(getattr(presets, self.preset), self.part)
-        if download_weights and config not in (None, preset):
-            raise ValueError("download_weights must be False for a config that isn't the preset's.")
         path = download(self.published) if download_weights else None
         with uninitialized(download_weights):
             super().__init__(*graph(config or preset), name=name)

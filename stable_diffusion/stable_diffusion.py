@@ -30,8 +30,9 @@ class StableDiffusion:
             checkpoint's native size. Differs from KerasCV, which rounds other sizes silently.
         jit_compile: whether the backend's compiler is used: XLA on TensorFlow and JAX,
             `torch.compile` on PyTorch; OpenVINO always compiles and ignores it.
-        weights: where the parameters come from: a preset ("emoji", "sd1.4", "sd2.1-base"), a folder
-            of KerasCV's .h5 files or in diffusers' layout, or None for fresh random ones.
+        weights: where the parameters come from: a preset ("emoji", "sd1.4", "sd2.1-base"); a folder
+            of KerasCV's .h5 files or in diffusers' layout; None for fresh random ones; "kerascv"
+            is the preset that KerasCV has for the class, "sd1.4" here.
         config: a `Config`, the architecture where `weights` doesn't tell.
 
     Raises:
@@ -49,14 +50,14 @@ class StableDiffusion:
     _text_encoder = _diffusion_model = _decoder = _image_encoder = _tokenizer = None
 
     def __init__(
-        self, img_height=None, img_width=None, jit_compile=True, weights="sd1.4", config=None
+        self, img_height=None, img_width=None, jit_compile=True, weights="kerascv", config=None
     ):
         from stable_diffusion.checkpoints import open_checkpoint
 
+        self.jit_compile = jit_compile
         self.checkpoint = open_checkpoint(weights, config, self.TextEncoder.preset)
         self.config = config = self.checkpoint.config
         self.img_height, self.img_width = img_height or config.size, img_width or config.size
-        self.jit_compile = jit_compile
         multiple = config.unet.latent_scale * 2 ** (len(config.unet.widths) - 1)
         for size in (self.img_height, self.img_width):
             if not isinstance(size, int) or size < multiple or size % multiple:
@@ -221,22 +222,16 @@ class StableDiffusion:
 class StableDiffusionV2(StableDiffusion):
     """Stable Diffusion 2: as `StableDiffusion`, with another text encoder and UNet.
 
-    A drop-in for `keras_cv.models.StableDiffusionV2`; "sd2.1-base" is its preset, the 512-pixel
-    model that predicts noise.
+    A drop-in for `keras_cv.models.StableDiffusionV2`; `weights="kerascv"` is "sd2.1-base", the
+    512-pixel model that predicts noise.
     """
 
     TextEncoder, DiffusionModel = TextEncoderV2, DiffusionModelV2
 
-    def __init__(
-        self, img_height=None, img_width=None, jit_compile=True, weights="sd2.1-base", config=None
-    ):
-        super().__init__(img_height, img_width, jit_compile, weights, config)
-
 
 def _expand(name, x, rank, batch_size):
     """Returns `x` as float32 with `batch_size` entries of `rank` dimensions, repeating each."""
-    x = np.asarray(keras.ops.convert_to_numpy(x), "float32")
-    x = x.reshape(-1, *x.shape[-rank:])
+    x = np.asarray(keras.ops.convert_to_numpy(x), "float32").reshape(-1, *np.shape(x)[-rank:])
     if batch_size % len(x):
         raise ValueError(f"{name} must have 1 or batch_size={batch_size} entries, not {len(x)}.")
     return np.repeat(x, batch_size // len(x), axis=0)

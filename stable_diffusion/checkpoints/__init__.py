@@ -6,13 +6,16 @@ from stable_diffusion.checkpoints.building import Reader
 from stable_diffusion.checkpoints.config import SD1, SD2
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 
+KERASCV = {"SD1": "sd1.4", "SD2": "sd2.1-base"}
+
 
 def open_checkpoint(weights, config=None, preset="SD1") -> Reader:
     """Finds the reader for what a user passed as `weights=`.
 
     Args:
         weights: None for fresh random parameters; a preset's name ("emoji", "sd1.4",
-            "sd2.1-base"); or a folder, of KerasCV's .h5 files or in diffusers' layout.
+            "sd2.1-base"; "kerascv" is the one that KerasCV has for `preset`); or a folder, of
+            KerasCV's .h5 files or in diffusers' layout.
         config: the `Config` where `weights` doesn't tell it; None is that of `preset`.
         preset: "SD1" or "SD2".
 
@@ -28,6 +31,7 @@ def open_checkpoint(weights, config=None, preset="SD1") -> Reader:
     config = config or {"SD1": SD1, "SD2": SD2}[preset]
     if weights is None:
         return Reader(config)
+    weights = KERASCV[preset] if weights == "kerascv" else weights
     if weights in PRESETS:
         return KerasCVPreset(weights)
     folder = WEIGHTS_DIR / "emoji" if weights == "emoji" else Path(weights)

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from keras.layers import Layer
 
-from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.checkpoints.config import Config
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
 
 PARTS = {
     "text_encoder": "text",

@@ -1,1 +1,0 @@
-from stable_diffusion.checkpoints.config import *  # noqa
