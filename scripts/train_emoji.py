@@ -126,7 +126,7 @@ class Autoencoder(keras.Model):
 
     def __init__(self, encoder, decoder):
         super().__init__()
-        self.encoder = keras.Model(encoder.inputs, encoder.layers[-2].output)
+        self.encoder = keras.Model(encoder.inputs[0], encoder.layers[-2].output)
         self.decoder = decoder
         self.seed = keras.random.SeedGenerator(0)
 

@@ -73,8 +73,8 @@ class SimpleTokenizer:
         self.vocab = [chr(code) + ending for ending in ("", WORD_END) for code in _BYTES]
         try:
             opener = gzip.open if str(path).endswith(".gz") else open
-            with opener(path, "rt", encoding="utf-8") as file:  # the first line is a title
-                lines = list(islice(file, 1, 1 + NUM_PAIRS))
+            with opener(path, "rt", encoding="utf-8") as file:
+                _title, *lines = islice(file, 1 + NUM_PAIRS)
             self.vocab += [*("".join(line.split()) for line in lines), START, END]
             self.encoder = {token: n for n, token in enumerate(self.vocab)}
             # While a word is put together, a piece is the one character that has its id as code.

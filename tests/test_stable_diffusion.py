@@ -499,7 +499,7 @@ def test_textual_inversion(model):
 def test_fine_tuning(model):
     """As in Keras' guide to fine-tuning: a step of training the diffusion model."""
     encoder = ImageEncoder(download_weights=False, config=TINY.vae)
-    vae = keras.Model(encoder.inputs, encoder.layers[-2].output)
+    vae = keras.Model(encoder.inputs[0], encoder.layers[-2].output)
     mean, log_variance = ops.split(vae(np.tanh(noise(2, H, W, 3)), training=False), 2, axis=-1)
     log_variance = ops.clip(log_variance, -30, 20)
     latents = mean + ops.exp(0.5 * log_variance) * keras.random.normal(ops.shape(mean), seed=0)
