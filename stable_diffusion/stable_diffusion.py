@@ -2,8 +2,8 @@
 
 from functools import partial
 
-import keras
 import numpy as np
+from keras import ops, random, utils
 
 from stable_diffusion.decoder import Decoder
 from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
@@ -189,10 +189,10 @@ class StableDiffusion:
             encoded_text = self.encode_text(negative_prompt or "")
             unconditional = _expand("negative_prompt", encoded_text, 2, batch_size)
             context = np.concatenate([unconditional, context])
-        progress = keras.utils.Progbar(num_steps, verbose=verbose)
+        progress = utils.Progbar(num_steps, verbose=verbose)
         for step, (timestep, alpha, alpha_prev) in enumerate(schedule.ddim_levels(num_steps)):
             inputs = np.concatenate([latent, latent]) if guided else latent
-            time = self._get_timestep_embedding(timestep, len(inputs), self.config.unet.widths[0])
+            time = timestep_embedding([timestep] * len(inputs), self.config.unet.widths[0])
             output = self.diffusion_model.predict_on_batch([inputs, time, context])
             output = np.asarray(output, "float32")
             if guided:
@@ -206,17 +206,17 @@ class StableDiffusion:
         return np.clip((decoded + 1) / 2 * 255, 0, 255).astype("uint8")
 
     def _get_timestep_embedding(self, timestep, batch_size, dim=320, max_period=10000):
-        return timestep_embedding([timestep] * batch_size, dim, max_period)
+        return ops.convert_to_tensor(timestep_embedding([timestep] * batch_size, dim, max_period))
 
     def _get_initial_diffusion_noise(self, batch_size, seed):
         scale = self.config.unet.latent_scale
         shape = self.img_height // scale, self.img_width // scale, self.config.vae.latent_channels
         if seed is None or isinstance(seed, int | np.integer):
-            return keras.random.normal((batch_size, *shape), seed=seed)
+            return random.normal((batch_size, *shape), seed=seed)
         if len(seed) != batch_size:
             raise ValueError(f"{batch_size} pictures need {batch_size} seeds, not {len(seed)}.")
-        noise = [keras.random.normal((1, *shape), seed=int(one)) for one in seed]
-        return keras.ops.concatenate(noise)
+        noise = [random.normal((1, *shape), seed=int(one)) for one in seed]
+        return ops.concatenate(noise)
 
 
 class StableDiffusionV2(StableDiffusion):
@@ -231,7 +231,7 @@ class StableDiffusionV2(StableDiffusion):
 
 def _expand(name, x, rank, batch_size):
     """Returns `x` as float32 with `batch_size` entries of `rank` dimensions, repeating each."""
-    x = np.asarray(keras.ops.convert_to_numpy(x), "float32").reshape(-1, *np.shape(x)[-rank:])
+    x = np.asarray(ops.convert_to_numpy(x), "float32").reshape(-1, *np.shape(x)[-rank:])
     if batch_size % len(x):
         raise ValueError(f"{name} must have 1 or batch_size={batch_size} entries, not {len(x)}.")
     return np.repeat(x, batch_size // len(x), axis=0)

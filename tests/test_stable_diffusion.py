@@ -507,15 +507,16 @@ def test_fine_tuning(model):
     scheduler, timesteps = NoiseScheduler(), np.array([10, 900])
     target = keras.random.normal(ops.shape(latents), seed=1)
     noisy = scheduler.add_noise(ops.cast(latents, target.dtype), target, timesteps)
-    embedding = np.concatenate([model._get_timestep_embedding(int(t), 1, 32) for t in timesteps])
-    context = np.repeat(np.asarray(model.encode_text("a cat")), 2, axis=0)
+    embedding = [model._get_timestep_embedding(int(t), 1, 32) for t in timesteps]
+    embedding = ops.concatenate(embedding)
+    context = ops.repeat(model.encode_text("a cat"), 2, axis=0)
 
     unet = DiffusionModel(H, W, 77, download_weights=False, config=TINY.unet)
     unet.set_weights(model.diffusion_model.get_weights())
     output = unet([noisy, embedding, context], training=True)
     assert tuple(output.shape) == (2, h, w, 4)
     unet.compile(keras.optimizers.SGD(1e-2), loss="mse", jit_compile=JIT)
-    inputs = [ops.convert_to_numpy(noisy), embedding, context]
+    inputs = [ops.convert_to_numpy(x) for x in (noisy, embedding, context)]
     losses = [unet.train_on_batch(inputs, ops.convert_to_numpy(target)) for _ in range(3)]
     assert losses[-1] < losses[0]
     changed = [
