@@ -52,21 +52,21 @@ CONFIG = original(
 # With the linear schedule almost nothing is left of the picture at the last timestep, so sampling
 # may start there, from pure noise: "trailing" does.
 SCHEDULE = NoiseScheduler(clip_sample=False, prediction_type="v_prediction", spacing="trailing")
-# Plants, food and animals: from one name to another in the font's order.
-SUBJECTS = (("hot dog", "birthday cake"), ("rat", "paw prints"))
+# Fruits and faces of animals: from one name to another in the font's order.
+SUBJECTS = (("melon", "strawberry"), ("mouse face", "panda"))
 KL_WEIGHT = 1e-6
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
 PLACES = [(None, None), ("small", None)]  # sizes and sides, see emoji_data.py
 PLAIN = 0.75  # share of the first of them
 PROMPTS = [
     "a red apple on a blue background",
-    "a cat on a green background",
-    "an octopus on a red background",
-    "a banana on a purple background",
+    "a cat face on a green background",
+    "a banana on a red background",
+    "a panda on a purple background",
     "a small dog face on a white background",
-    "a panda on a pink background",
+    "a frog on a pink background",
     "a strawberry on a black background",
-    "pizza on yellow",
+    "lemon on blue",
 ]
 
 
@@ -275,7 +275,7 @@ def train_diffusion(data, pipeline, folder, epochs):
         0.0, epochs * data.steps, 0.01, warmup_target=8e-4, warmup_steps=data.steps
     )
     optimizer = keras.optimizers.AdamW(
-        rate, weight_decay=1e-3, clipnorm=1.0, use_ema=True, ema_momentum=0.998
+        rate, weight_decay=1e-3, clipnorm=1.0, use_ema=True, ema_momentum=0.995
     )
     model.compile(optimizer, loss="mse")
 
