@@ -1,0 +1,101 @@
+"""Times what this package does before the first step against KerasCV, in one run.
+
+    python scripts/time_kerascv.py tokenizer
+    python scripts/time_kerascv.py unet            # full size: 10 GB of memory, 4 GB of disk
+
+`tokenizer` prints medians and ratios for making a tokenizer and for encoding words that it has and
+has not met before. `unet` writes a file in KerasCV's layout with random parameters, then times
+constructing Stable Diffusion 1's UNet and loading it, against KerasCV's constructor alone.
+"""
+
+import argparse
+import gc
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import h5py
+import numpy as np
+from keras_cv.src.models.stable_diffusion import clip_tokenizer as kerascv_tokenizer
+from keras_cv.src.models.stable_diffusion.diffusion_model import DiffusionModel as KerasCVModel
+
+from stable_diffusion import DiffusionModel, SimpleTokenizer
+from stable_diffusion.checkpoints.building import uninitialized
+from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
+
+
+def seconds(function):
+    """Returns how long a call takes, and its result."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def time_tokenizer(runs=9):
+    """Prints medians over `runs`, alternating."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(rng.choice(letters, rng.integers(3, 12))) for _ in range(5000)]
+    prompts = [" ".join(words[i : i + 10]) for i in range(0, len(words), 10)]
+    path = WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
+    classes = {"ours": SimpleTokenizer, "KerasCV": kerascv_tokenizer.SimpleTokenizer}
+    times = {}
+    for _ in range(runs):
+        for name, make in classes.items():
+            spent, tokenizer = seconds(lambda make=make: make(path))
+            times.setdefault((name, "construct"), []).append(spent)
+            for what in ("encode, new words", "encode, again"):
+                spent, _ = seconds(lambda t=tokenizer: [t.encode(prompt) for prompt in prompts])
+                times.setdefault((name, what), []).append(spent)
+    print(f"{'':20}{'ours':>10}{'KerasCV':>10}{'ratio':>8}")
+    for what in ("construct", "encode, new words", "encode, again"):
+        ours, theirs = (median(times[name, what]) for name in classes)
+        print(f"{what:20}{ours:9.3f}s{theirs:9.3f}s{ours / theirs:8.2f}")
+
+
+def write_legacy(model, path):
+    """Writes a model's shapes with random values as Keras 2 writes its legacy .h5."""
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        layers = [layer for layer in model.layers if layer.weights]
+        file.attrs["layer_names"] = [layer.name.encode() for layer in layers]
+        for layer in layers:
+            group = file.create_group(layer.name)
+            group.attrs["weight_names"] = [variable.path.encode() for variable in layer.weights]
+            for variable in layer.weights:
+                group[variable.path] = rng.standard_normal(variable.shape, dtype="float32")
+
+
+def time_unet():
+    """Prints the wall times of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kcv_diffusion_model.h5"
+        with uninitialized():
+            model = DiffusionModel(512, 512, 77, download_weights=False)
+        write_legacy(model, path)
+        del model
+        gc.collect()
+
+        def construct():
+            with uninitialized():
+                return DiffusionModel(512, 512, 77, download_weights=False)
+
+        constructed, ours = seconds(construct)
+        loaded, _ = seconds(partial(ours.load_weights, path))
+        del ours
+        gc.collect()
+        theirs, _ = seconds(lambda: KerasCVModel(512, 512, 77, download_weights=False))
+    print(f"ours: construct {constructed:.1f} s, load {loaded:.1f} s")
+    print(f"KerasCV: construct {theirs:.1f} s")
+    print(f"ours in all over KerasCV's constructor: {(constructed + loaded) / theirs:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["tokenizer", "unet"])
+    if parser.parse_args().what == "tokenizer":
+        time_tokenizer()
+    else:
+        time_unet()
