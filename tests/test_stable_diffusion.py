@@ -286,7 +286,7 @@ def test_wrong_num_steps(model, num_steps):
 
 
 def test_timestep_embedding(model):
-    embedding = model._get_timestep_embedding(3, 2)
+    embedding = ops.convert_to_numpy(model._get_timestep_embedding(3, 2))
     assert embedding.shape == (2, 320)
     np.testing.assert_allclose(embedding[1, [0, 160]], [np.cos(3), np.sin(3)], rtol=1e-6)
 
