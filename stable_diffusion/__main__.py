@@ -27,7 +27,7 @@ Each picture has a seed of its own: the first --seed, each next one 1 more. Its 
 takes to draw it again as text: prompt, negative, seed, steps, guidance, sampler, size (width x
 height), weights and version.
 
-Weights: "emoji" is part of the package, a small model that draws plants, food and animals on
+Weights: "emoji" is part of the package, a small model that draws fruits and faces of animals on
 coloured backgrounds. "sd1.4" and "sd2.1-base" are downloaded on first use, some gigabytes; their
 licence is CreativeML Open RAIL-M. Anything else is the path of a folder, in diffusers' layout or of
 KerasCV's .h5 files.
@@ -35,7 +35,7 @@ KerasCV's .h5 files.
 examples:
   stable-diffusion "a red apple on a blue background"
   stable-diffusion "a red apple on a blue background" --seed 3 --batch 4
-  stable-diffusion "a cat on a green background" "a dog on a green background" --out pets.png
+  stable-diffusion "a cat face on green" "a dog face on green" --out pets.png
   stable-diffusion "an astronaut riding a horse" --weights sd1.4 --negative blurry --jit
 
 exit status: 0 done, 1 failed, 2 arguments that can't be used, 130 interrupted

@@ -425,6 +425,7 @@ def test_dtype_policies(dtype_policy, model, policy):
     if BACKEND == "jax"
     else [pytest.param(StableDiffusion, marks=pytest.mark.large)],
 )
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own: deprecations, what it can't trace
 def test_jit_compile(model, pipeline):
     compiled = pipeline(jit_compile=True, weights=None, config=TINY)
     for part in ("text_encoder", "diffusion_model", "decoder"):
