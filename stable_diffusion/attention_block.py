@@ -3,7 +3,7 @@
 import math
 from functools import partial
 
-from keras import KerasTensor, layers, ops
+from keras import KerasTensor, backend, layers, ops
 
 from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.pretrained import Block
@@ -27,7 +27,12 @@ def attention(query, key, value, heads, causal=False):
     def split(x):  # (B, ..., D) to (B, T, heads, D / heads)
         return ops.reshape(x, (-1, math.prod(ops.shape(x)[1:-1]), heads, x.shape[-1] // heads))
 
-    out = ops.dot_product_attention(split(query), split(key), split(value), is_causal=causal)
+    q, k, v = split(query), split(key), split(value)
+    if backend.standardize_dtype(q.dtype) == "float16" and backend.backend() != "torch":
+        # Stable Diffusion 2's scores overflow float16, and JAX has no such product on CPUs;
+        # PyTorch's kernels hold scores in float32 by themselves.
+        q, k, v = (ops.cast(x, "float32") for x in (q, k, v))
+    out = ops.cast(ops.dot_product_attention(q, k, v, is_causal=causal), query.dtype)
     return ops.reshape(out, (-1, *ops.shape(query)[1:]))
 
 

@@ -7,10 +7,7 @@ from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.pretrained import Pretrained
 from stable_diffusion.resnet_block import ResnetBlock
 
-HALVE = (
-    (0, 1),
-    (0, 1),
-)  # padding before a stride of 2: at the bottom and right only, unlike the UNet
+HALVE = ((0, 1), (0, 1))  # padding before a stride of 2: bottom and right only, unlike the UNet
 
 
 class ImageEncoder(Pretrained, Sequential):

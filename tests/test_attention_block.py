@@ -1,0 +1,60 @@
+"""Attention against a few lines of numpy, in float64; errors are relative to the largest value."""
+
+import numpy as np
+import pytest
+from keras import backend, ops
+
+from stable_diffusion.attention_block import attention
+
+B, T, S, D, HEADS = 2, 5, 7, 24, 3
+# In half precision only inputs and output are rounded, to 11 and 8 bits.
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+def reference(query, key, value, heads, causal):
+    """Computes softmax(q kᵀ / √d) v, head by head."""
+    outputs = []
+    for q, k, v in zip(*(np.split(x, heads, axis=-1) for x in (query, key, value)), strict=True):
+        scores = q @ np.moveaxis(k, -1, -2) / np.sqrt(q.shape[-1])
+        if causal:
+            scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        outputs.append(weights / weights.sum(axis=-1, keepdims=True) @ v)
+    return np.concatenate(outputs, axis=-1)
+
+
+def draw(*shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention(dtype, causal):
+    if dtype != "float32" and backend.backend() == "openvino":
+        pytest.skip("OpenVINO computes in the precision it is asked for, see README")
+    tokens = T if causal else S
+    arrays = draw(B, T, D, seed=0), draw(B, tokens, D, seed=1), draw(B, tokens, D, seed=2)
+    tensors = [ops.cast(ops.convert_to_tensor(x.astype("float32")), dtype) for x in arrays]
+    rounded = [ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64") for x in tensors]
+    output = attention(*tensors, HEADS, causal)
+    assert backend.standardize_dtype(output.dtype) == dtype
+    expected = reference(*rounded, HEADS, causal)
+    error = np.abs(ops.convert_to_numpy(ops.cast(output, "float32")) - expected).max()
+    assert error / np.abs(expected).max() < TOLERANCE[dtype]
+
+
+def test_feature_maps_are_tokens_row_by_row():
+    cells, context = draw(B, 2, 3, D, seed=0), draw(B, S, D, seed=1)
+    tensors = [ops.convert_to_tensor(x.astype("float32")) for x in (cells, context, context)]
+    output = ops.convert_to_numpy(attention(*tensors, HEADS))
+    expected = reference(cells.reshape(B, 6, D), context, context, HEADS, causal=False)
+    np.testing.assert_allclose(output, expected.reshape(cells.shape), atol=1e-5)
+
+
+def test_scores_beyond_float16():
+    """As in Stable Diffusion 2: products of queries and keys over 65504, the largest float16."""
+    large = 200 * np.sign(draw(1, T, 64, seed=0))
+    value = draw(1, T, 64, seed=1).astype("float16")
+    tensors = [ops.convert_to_tensor(x.astype("float16")) for x in (large, large, value)]
+    output = ops.convert_to_numpy(attention(*tensors, heads=1))
+    np.testing.assert_array_equal(output, value)  # each token sees itself alone
