@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import numpy as np
 
 FONT_PACKAGE = "fonts-noto-color-emoji"
 SIZE = 128  # height of the font's bitmaps, and side of every picture here
+THUMBNAIL = 32  # side of the pictures that are compared
 FILL = 112  # longer side of every subject: 87.5 % of the picture
 
 COLOURS = {
@@ -48,6 +50,8 @@ SIDES = {  # the words, and the offset in pixels; a side needs room, so it impli
     "top": ("at the top", (0, -29)),
     "bottom": ("at the bottom", (0, 29)),
 }
+SHIFT = 4  # pixels at most, and
+SHRINK = 0.92  # at least, of the jitter that makes two pictures of one caption differ
 PLAIN_SHARE = 0.65  # of all samples: centred, full size, the common template
 COMMON_SHARE = 0.4  # of the other samples: still the common template
 
@@ -119,6 +123,22 @@ RENAMED = {  # official names that describe a variant or are no nouns
     "star-struck": "star-struck face",
     "vertical traffic light": "traffic light",
 }
+
+# What stays where subjects that look alike are thinned out: what one thinks of first.
+FAMILIAR = frozenset(
+    name.strip()
+    for names in (
+        "red apple, carrot, pineapple, watermelon, pear, pizza, hamburger, hot dog, cookie",
+        "doughnut, birthday cake, popcorn, tulip, cactus, palm tree, christmas tree, horse, bear",
+        "elephant, giraffe, koala, rabbit, rabbit face, mouse, hedgehog, snake, spider, ant, crab",
+        "butterfly, owl, snail, turtle, flamingo, bat, cow face, cat face, dog face, pig face",
+        "tiger face, frog, panda, penguin, snowman, volcano, mountain, cloud, fire, balloon, bell",
+        "hammer, spoon, teapot, chair, door, bicycle, violin, trumpet, traffic light, teddy bear",
+        "magnifying glass, padlock, hot beverage, guitar, rose, sunflower, octopus, anchor",
+        "star, tent, shark, duck, motorcycle, flying saucer, grinning face, thinking face",
+    )
+    for name in names.split(",")
+)
 
 # The grammar of the names: which take 'an', and which take no article.
 AN_PREFIXES = ("a", "e", "i", "o", "u", "hour", "x-ray")
@@ -269,9 +289,77 @@ def load(path):
 
     Returns:
         Names, list of str; pictures, uint8 (N, 128, 128, 4), RGBA.
+
+    Raises:
+        OSError, ValueError: there is no such file, or it holds something else.
     """
-    with np.load(path) as data:
-        return data["names"].tolist(), data["pictures"]
+    with open(path, "rb") as file:
+        try:
+            data = np.load(file)
+            return data["names"].tolist(), data["pictures"]
+        except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a data set of emoji ({error})") from error
+
+
+def thumbnails(pictures):
+    """Shrinks pictures to `THUMBNAIL` pixels a side, by averaging.
+
+    Args:
+        pictures: array (N, 128, 128, C).
+
+    Returns:
+        float32 (N, 32, 32, C).
+    """
+    factor = SIZE // THUMBNAIL
+    count, _, _, channels = pictures.shape
+    blocks = pictures.reshape(count, THUMBNAIL, factor, THUMBNAIL, factor, channels)
+    return blocks.mean((2, 4), dtype="float32")
+
+
+def distances(one, other):
+    """Compares each picture of one set with each of another.
+
+    Args:
+        one, other: thumbnails, float32 (N, 32, 32, 3) and (M, 32, 32, 3), of 0 to 255.
+
+    Returns:
+        float32 (N, M), the mean squared errors.
+    """
+    one, other = (x.reshape(len(x), -1) for x in (one, other))
+    squares = np.sum(one**2, axis=1)[:, None] + np.sum(other**2, axis=1)
+    return np.maximum(squares - 2 * one @ other.T, 0) / one.shape[1]
+
+
+def distinct(names, pictures, count):
+    """Chooses the subjects that are easiest to tell apart.
+
+    Of the two that are closest on average over all backgrounds, one is dropped, until `count` are
+    left: the one that isn't in `FAMILIAR` or, where neither is, has the longer name.
+
+    Args:
+        names: list of str.
+        pictures: uint8 (N, 128, 128, 4), RGBA.
+        count: how many to keep.
+
+    Returns:
+        Names and pictures of the kept ones, in the same order.
+    """
+    alpha = pictures[..., 3:] / np.float32(255)
+    inside, alpha = thumbnails(pictures[..., :3] * alpha), thumbnails(alpha)
+    distance = np.zeros((len(names), len(names)), "float32")
+    for rgb in COLOURS.values():
+        drawn = inside + (1 - alpha) * np.array(rgb, "float32")
+        distance += distances(drawn, drawn)
+    np.fill_diagonal(distance, np.inf)
+    familiar = [n for n, name in enumerate(names) if name in FAMILIAR]
+    distance[np.ix_(familiar, familiar)] = np.inf
+    kept = list(range(len(names)))
+    while len(kept) > max(count, len(familiar), 1):
+        pair = np.unravel_index(distance.argmin(), distance.shape)
+        worse = max(pair, key=lambda n: (names[n] not in FAMILIAR, len(names[n]), n))
+        distance[worse] = distance[:, worse] = np.inf
+        kept.remove(worse)
+    return [names[n] for n in kept], pictures[kept]
 
 
 def held_out(name, colour):
@@ -325,19 +413,17 @@ def takes_article(name):
     return not (is_plural or head in UNCOUNTABLE or name in PROPER_NAMES)
 
 
-def caption(name, colour, rng=None, size=None, side=None):
-    """Describes a picture.
+def captions(name, colour, size=None, side=None):
+    """Describes a picture, in each of the ways that there are.
 
     Args:
         name: the subject.
         colour: name of the background's colour.
-        rng: numpy Generator that picks the template; None takes the common one, "a red apple on
-            a blue background".
         size: None, "small" or "large".
         side: None, "left", "right", "top" or "bottom".
 
     Returns:
-        str, lower case.
+        List of str, lower case; first the common one, "a red apple on a blue background".
 
     Raises:
         ValueError: an unknown size or side.
@@ -351,14 +437,43 @@ def caption(name, colour, rng=None, size=None, side=None):
     ground = with_article(f"{colour} background")
     place, comma = (f"{SIDES[side][0]} of", f" {SIDES[side][0]},") if side else ("on", ",")
     common = f"{thing} {place} {ground}"
-    if rng is None or rng.random() < COMMON_SHARE:
-        return common
-    others = (
+    return [
+        common,
         f"{bare} {f'{SIDES[side][0]}, ' if side else ''}on {colour}",
         f"a picture of {thing}{comma} {colour} background",
         f"an emoji of {common}",
-    )
+    ]
+
+
+def caption(name, colour, rng=None, size=None, side=None):
+    """Describes a picture.
+
+    Args:
+        name, colour, size, side: see `captions`.
+        rng: numpy Generator that picks one of `captions`; None takes the common one.
+
+    Returns:
+        str, lower case.
+
+    Raises:
+        ValueError: an unknown size or side.
+    """
+    common, *others = captions(name, colour, size, side)
+    if rng is None or rng.random() < COMMON_SHARE:
+        return common
     return others[rng.integers(len(others))]
+
+
+def jitter(rng):
+    """Draws how a plain picture departs from the centre and the full size, see `compose`.
+
+    Args:
+        rng: numpy Generator.
+
+    Returns:
+        Scale and offset. There is room for all of the offset only where the scale leaves it.
+    """
+    return rng.uniform(SHRINK, 1), tuple(rng.uniform(-SHIFT, SHIFT, 2))
 
 
 def sample(rng, names, pictures, split="train"):

@@ -115,6 +115,53 @@ def test_caption_rejects_unknown_words():
         emoji_data.caption("red apple", "blue", side="middle")
 
 
+def test_captions_are_what_caption_draws_from():
+    rng = np.random.default_rng(0)
+    for size, side in [(None, None), ("small", None), (None, "left"), ("small", "bottom")]:
+        draws = {emoji_data.caption("red apple", "blue", rng, size, side) for _ in range(200)}
+        assert draws == set(emoji_data.captions("red apple", "blue", size, side))
+
+
+def test_jitter_keeps_to_its_bounds():
+    rng = np.random.default_rng(0)
+    draws = [emoji_data.jitter(rng) for _ in range(300)]
+    scales = np.array([scale for scale, _ in draws])
+    shifts = np.array([shift for _, shift in draws])
+    assert 0.92 <= scales.min() < 0.93 and 0.99 < scales.max() <= 1
+    assert 3.5 < np.abs(shifts).max() <= 4
+
+
+def test_thumbnails_are_averages():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 128, 128, 3), dtype="uint8")
+    thumbnails = emoji_data.thumbnails(pictures)
+    assert thumbnails.shape == (2, 32, 32, 3) and thumbnails.dtype == np.float32
+    expected = pictures[1, 8:12, 120:124].reshape(-1, 3).mean(0)
+    np.testing.assert_allclose(thumbnails[1, 2, 30], expected, rtol=1e-6)
+
+
+def test_distances_are_mean_squared_errors():
+    rng = np.random.default_rng(0)
+    one, other = (rng.uniform(0, 255, (n, 32, 32, 3)).astype("float32") for n in (3, 4))
+    expected = np.mean((one[:, None] - other) ** 2, axis=(2, 3, 4))
+    np.testing.assert_allclose(emoji_data.distances(one, other), expected, rtol=1e-4)
+    assert (emoji_data.distances(one, one) >= 0).all()
+
+
+def test_distinct_drops_what_looks_alike(pictures):
+    """Of two alike the longer name goes, but none that is familiar."""
+    names = ["red apple", "grape", "octo", "jar", "ice cream", "hourglass"]
+    pictures[:, 8:120, 8:120] = 0
+    for picture, level in zip(pictures, [0, 2, 60, 63, 120, 255], strict=True):
+        picture[8:120, 8:120] = (level, level, level, 255)
+    kept, chosen = emoji_data.distinct(names, pictures, 4)
+    assert kept == ["red apple", "jar", "ice cream", "hourglass"]
+    np.testing.assert_array_equal(chosen, pictures[[0, 3, 4, 5]])
+    assert emoji_data.distinct(names, pictures, 99)[0] == names
+    alike = np.repeat(pictures[:1], 3, axis=0)
+    assert emoji_data.distinct(["pizza", "jar", "red apple"], alike, 1)[0] == ["pizza", "red apple"]
+
+
 def test_held_out_is_a_tenth():
     pairs = [(f"subject {i}", colour) for i in range(500) for colour in emoji_data.COLOURS]
     share = np.mean([emoji_data.held_out(*pair) for pair in pairs])
@@ -212,6 +259,24 @@ def test_save_and_load(tmp_path, pictures):
     np.testing.assert_array_equal(loaded, pictures)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == files  # no temporary file is left
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken"])
+def test_load_rejects_other_files(tmp_path, content):
+    path = tmp_path / "data.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="data.npz: not a data set"):
+        emoji_data.load(path)
+
+
+def test_load_rejects_other_arrays(tmp_path):
+    np.savez(tmp_path / "data.npz", other=np.zeros(3))
+    with pytest.raises(ValueError, match="data.npz: not a data set"):
+        emoji_data.load(tmp_path / "data.npz")
+    with open(tmp_path / "data.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match="data.npz: not a data set"):
+        emoji_data.load(tmp_path / "data.npz")
 
 
 def test_missing_font(tmp_path):
