@@ -183,6 +183,30 @@ def write(path, image, chunks):
         temporary.unlink(missing_ok=True)
 
 
+def split_words(text):
+    """Returns the words of a text, in lower case; of "T-Rex, woman's hat" four.
+
+    An emoji is a word too, punctuation is none.
+    """
+    text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
+    runs = re.findall(r"[^\W_]+(?:'[^\W_]+)*|.", text)
+    return [run for run in runs if run[0].isalnum() or unicodedata.category(run[0]) == "So"]
+
+
+def get_unseen(checkpoint, texts):
+    """Returns the words that a checkpoint wasn't trained on, each once, in their order.
+
+    A checkpoint says what it was trained on in a file words.txt beside its model_index.json, one
+    word a line. Of one that doesn't say, none.
+    """
+    try:
+        seen = (checkpoint.folder / "words.txt").read_text("utf-8").split()
+    except (AttributeError, OSError):  # it isn't a folder, or there is no such file
+        return []
+    words = dict.fromkeys(word for text in texts for word in split_words(text))
+    return [word for word in words if word not in seen]
+
+
 def show(message):
     """Shows `message` in place of the last one, where standard error is a terminal."""
     if sys.stderr.isatty():
@@ -222,6 +246,9 @@ def draw(args):
     model = StableDiffusion(args.height, args.width, args.jit, weights=args.weights)
     contexts = [model.encode_text(prompt) for prompt in args.prompts]
     model.encode_text(args.negative)  # fails at once if it is too long
+    if unseen := get_unseen(model.checkpoint, [*args.prompts, args.negative]):
+        show("")
+        complain(f"the weights never saw these words: {', '.join(unseen)}", 0)
     for start in range(0, len(prompts), args.batch):
         batch = slice(start, start + args.batch)
 

@@ -14,6 +14,7 @@ from PIL import Image
 import stable_diffusion
 from stable_diffusion import __main__ as command
 from stable_diffusion import __version__
+from stable_diffusion.checkpoints import open_checkpoint
 from stable_diffusion.checkpoints.presets import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +177,63 @@ def test_jit_is_passed_on(tiny, run):
 )
 def test_slug(prompt, name):
     assert command.slug(prompt) == name
+
+
+# Words never seen
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A red apple, on blue!", "a red apple on blue"),
+        ("T-Rex (the woman’s hat)", "t rex the woman's hat"),
+        ("x2 snake_case 'quoted' don't", "x2 snake case quoted don't"),
+        ("un cafe\u0301 猫 🐱\ufe0f…", "un café 猫 🐱"),
+        ("", ""),
+        (" \n-- ", ""),
+    ],
+)
+def test_split_words(text, words):
+    assert command.split_words(text) == words.split()
+
+
+@pytest.fixture
+def taught(tiny, monkeypatch, tmp_path):
+    """The tiny models, from a folder that lists the words they were trained on."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "words.txt").write_text("a\ncat\non\nred\n", "utf-8")
+    monkeypatch.setattr("stable_diffusion.checkpoints.building.Reader.folder", folder, raising=False)
+    return folder
+
+
+def test_words_never_seen_are_told(taught, run):
+    status, out, err = run("An astronaut, a RED horse", "a horse on a cat", "--out", "x/", *FAST)
+    assert (status, len(out)) == (0, 2)
+    assert err == ["stable-diffusion: the weights never saw these words: an, astronaut, horse"]
+
+
+def test_words_of_negative_are_told_too(taught, run):
+    _, _, err = run("a cat", "--negative", "blurry", "--out", "x/", *FAST)
+    assert err == ["stable-diffusion: the weights never saw these words: blurry"]
+
+
+def test_words_that_were_seen_are_not_told(taught, run):
+    assert run("a cat, on red", "--out", "x.png", *FAST) == (0, ["x.png"], [])
+
+
+def test_without_a_list_no_words_are_told(taught, run):
+    (taught / "words.txt").unlink()
+    assert run("an astronaut", "--out", "x.png", *FAST) == (0, ["x.png"], [])
+
+
+def test_the_embedded_checkpoint_lists_its_words():
+    checkpoint = open_checkpoint("emoji")
+    assert command.get_unseen(checkpoint, ["A small red apple on a blue background"]) == []
+    prompt = "an astronaut riding a horse"
+    assert set(command.get_unseen(checkpoint, [prompt])) >= {"astronaut", "riding"}
+    words = (checkpoint.folder / "words.txt").read_text("utf-8")
+    assert words == "".join(f"{word}\n" for word in sorted(set(words.split())))
 
 
 def test_nothing_half_written(tiny, run, monkeypatch):
