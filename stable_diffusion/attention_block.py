@@ -27,11 +27,10 @@ def attention(query, key, value, heads, causal=False):
     def split(x):  # (B, ..., D) to (B, T, heads, D / heads)
         return ops.reshape(x, (-1, math.prod(ops.shape(x)[1:-1]), heads, x.shape[-1] // heads))
 
-    q, k, v = split(query), split(key), split(value)
-    if backend.standardize_dtype(q.dtype) == "float16" and backend.backend() != "torch":
-        # Stable Diffusion 2's scores overflow float16, and JAX has no such product on CPUs;
-        # PyTorch's kernels hold scores in float32 by themselves.
-        q, k, v = (ops.cast(x, "float32") for x in (q, k, v))
+    # Stable Diffusion 2's scores overflow float16, and JAX has no such product on CPUs; PyTorch's
+    # kernels hold scores in float32 by themselves.
+    half = backend.standardize_dtype(query.dtype) == "float16" and backend.backend() != "torch"
+    q, k, v = (ops.cast(split(x), "float32" if half else x.dtype) for x in (query, key, value))
     out = ops.cast(ops.dot_product_attention(q, k, v, is_causal=causal), query.dtype)
     return ops.reshape(out, (-1, *ops.shape(query)[1:]))
 

@@ -15,12 +15,10 @@ def middle(c):
 
 
 def head(c, channels):
-    """Returns the layers that end decoder and encoder alike, with `channels` of output."""
-    return [
-        layers.GroupNormalization(c.groups, epsilon=c.norm_epsilon, name="conv_norm_out"),
-        layers.Activation("silu", name="conv_act"),
-        PaddedConv2D(channels, 3, padding=1, name="conv_out"),
-    ]
+    """Yields the layers that end decoder and encoder alike, with `channels` of output."""
+    yield layers.GroupNormalization(c.groups, epsilon=c.norm_epsilon, name="conv_norm_out")
+    yield layers.Activation("silu", name="conv_act")
+    yield PaddedConv2D(channels, 3, padding=1, name="conv_out")
 
 
 class Decoder(Pretrained, Sequential):

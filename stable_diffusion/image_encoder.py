@@ -38,8 +38,7 @@ class ImageEncoder(Pretrained, Sequential):
             yield from middle(c)
             yield from head(c, channels=2 * c.latent_channels)
             yield PaddedConv2D(2 * c.latent_channels, 1, name="quant_conv")
-            yield layers.Lambda(
-                lambda x: x[..., : c.latent_channels] * c.scaling_factor, name="scaled_mean"
-            )
+            n, scale = c.latent_channels, c.scaling_factor
+            yield layers.Lambda(lambda x: x[..., :n] * scale, name="scaled_mean")
 
         super().__init__(lambda c: [list(graph(c))], name, download_weights, config)

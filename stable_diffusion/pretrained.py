@@ -2,6 +2,8 @@
 
 from keras import KerasTensor, layers, tree
 
+import stable_diffusion as sd  # its subpackages are imported when they are first needed
+
 
 class Block(layers.Layer):
     """A layer made of layers. One symbolic call builds them all and gives the output's shape.
@@ -34,13 +36,10 @@ class Pretrained:
     part = preset = published = None
 
     def __init__(self, graph, name=None, download_weights=True, config=None):
-        from stable_diffusion.checkpoints import config as presets
-        from stable_diffusion.checkpoints.building import uninitialized
-        from stable_diffusion.checkpoints.hub import download
-
-        preset = getattr(getattr(presets, self.preset), self.part)
-        path = download(self.published) if download_weights else None
-        with uninitialized(download_weights):
+        checkpoints = sd.checkpoints
+        preset = getattr(getattr(checkpoints.config, self.preset), self.part)
+        path = checkpoints.hub.download(self.published) if download_weights else None
+        with checkpoints.building.uninitialized(download_weights):
             super().__init__(*graph(config or preset), name=name)
         self.config = config or preset
         if path:
@@ -59,9 +58,4 @@ class Pretrained:
             ValueError: the file is truncated, corrupt or of another model; the message names the
                 file and what differs.
         """
-        from stable_diffusion.checkpoints.kerascv import is_legacy, load_legacy
-
-        if is_legacy(filepath):
-            load_legacy(self, filepath)
-        else:
-            super().load_weights(filepath, **kwargs)
+        sd.checkpoints.kerascv.load_h5(self, filepath, super().load_weights, **kwargs)

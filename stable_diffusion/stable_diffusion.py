@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 from keras import ops, random, utils
 
+import stable_diffusion as sd  # its subpackages are imported when they are first needed
 from stable_diffusion.decoder import Decoder
 from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
 from stable_diffusion.image_encoder import ImageEncoder
@@ -31,8 +32,10 @@ class StableDiffusion:
         jit_compile: whether the backend's compiler is used: XLA on TensorFlow and JAX,
             `torch.compile` on PyTorch; OpenVINO always compiles and ignores it.
         weights: where the parameters come from: a preset ("emoji", "sd1.4", "sd2.1-base"); a folder
-            of KerasCV's .h5 files or in diffusers' layout; None for fresh random ones; "kerascv"
-            is the preset that KerasCV has for the class, "sd1.4" here.
+            in diffusers' layout or of .h5 files; a .safetensors or .ckpt file in the original
+            layout; "hf://owner/name" on the Hugging Face Hub; None for fresh random ones; "kerascv"
+            is the preset that KerasCV has for the class, "sd1.4" here. For what a file doesn't
+            tell, see `checkpoints.open_checkpoint`, whose result can be passed, too.
         config: a `Config`, the architecture where `weights` doesn't tell.
 
     Raises:
@@ -52,10 +55,8 @@ class StableDiffusion:
     def __init__(
         self, img_height=None, img_width=None, jit_compile=True, weights="kerascv", config=None
     ):
-        from stable_diffusion.checkpoints import open_checkpoint
-
         self.jit_compile = jit_compile
-        self.checkpoint = open_checkpoint(weights, config, self.TextEncoder.preset)
+        self.checkpoint = sd.checkpoints.open_checkpoint(weights, config, self.TextEncoder.preset)
         self.config = config = self.checkpoint.config
         self.img_height, self.img_width = img_height or config.size, img_width or config.size
         multiple = config.unet.latent_scale * 2 ** (len(config.unet.widths) - 1)
@@ -96,6 +97,49 @@ class StableDiffusion:
         """The `SimpleTokenizer`, which turns a prompt into tokens."""
         self._tokenizer = self._tokenizer or self.checkpoint.tokenizer()
         return self._tokenizer
+
+    def save(self, path, format="diffusers", dtype=None):
+        """Writes all parts for this and other programs, see `checkpoints.save`.
+
+        Args:
+            path: path of a new folder, or of a .safetensors file.
+            format: "diffusers" (a folder), "original" (a single file), "keras" (a folder of
+                .weights.h5) or "kerascv" (a folder of .h5 files that KerasCV loads).
+            dtype: "float32", "float16" or "bfloat16"; None is that of the parameters.
+
+        Raises:
+            ValueError: arguments that can't be used; nothing is written then.
+        """
+        sd.checkpoints.save(self, path, format, dtype)
+
+    def load_lora(self, path, scale=1.0):
+        """Adds a LoRA to the parameters, see `checkpoints.lora.load_lora`.
+
+        Args:
+            path: path of a .safetensors file of kohya's, diffusers' or peft's keys, or of a folder
+                of theirs. Several may be loaded, one after the other.
+            scale: factor of what it adds.
+
+        Raises:
+            ValueError: a file that doesn't fit; the parameters are unchanged then.
+        """
+        sd.checkpoints.lora.load_lora(self, path, scale)
+
+    def unload_lora(self):
+        """Takes all LoRAs off again: every parameter is exactly as it was before."""
+        sd.checkpoints.lora.unload_lora(self)
+
+    def load_embedding(self, path, token=None):
+        """Adds a textual inversion as a token, see `checkpoints.embedding.load_embedding`.
+
+        Args:
+            path: path of a .safetensors file of one or several vectors.
+            token: how it is written in prompts; None is the name in the file.
+
+        Raises:
+            ValueError: a file that doesn't fit, or a token that exists; nothing is changed then.
+        """
+        sd.checkpoints.embedding.load_embedding(self, path, token)
 
     def text_to_image(
         self, prompt, negative_prompt=None, batch_size=1, num_steps=50,
@@ -186,9 +230,8 @@ class StableDiffusion:
         scale, schedule = unconditional_guidance_scale, self.config.schedule
         guided = scale > 1
         if guided:
-            encoded_text = self.encode_text(negative_prompt or "")
-            unconditional = _expand("negative_prompt", encoded_text, 2, batch_size)
-            context = np.concatenate([unconditional, context])
+            negative = self.encode_text(negative_prompt or "")
+            context = np.concatenate([_expand("negative_prompt", negative, 2, batch_size), context])
         progress = utils.Progbar(num_steps, verbose=verbose)
         for step, (timestep, alpha, alpha_prev) in enumerate(schedule.ddim_levels(num_steps)):
             inputs = np.concatenate([latent, latent]) if guided else latent
@@ -215,8 +258,7 @@ class StableDiffusion:
             return random.normal((batch_size, *shape), seed=seed)
         if len(seed) != batch_size:
             raise ValueError(f"{batch_size} pictures need {batch_size} seeds, not {len(seed)}.")
-        noise = [random.normal((1, *shape), seed=int(one)) for one in seed]
-        return ops.concatenate(noise)
+        return ops.concatenate([random.normal((1, *shape), seed=int(one)) for one in seed])
 
 
 class StableDiffusionV2(StableDiffusion):

@@ -1,4 +1,4 @@
-"""Downloads published parameters from the Hugging Face hub, and checks them before use.
+"""Downloads from the Hugging Face hub: published parameters, checked before use, and repositories.
 
 `huggingface_hub` does the work: cache, progress, retries, `HF_HOME`, `HF_ENDPOINT`, and all its
 other settings. A file that is in its cache is used without asking the network.
@@ -11,6 +11,7 @@ https://raw.githubusercontent.com/Stability-AI/stablediffusion/main/LICENSE-MODE
 """
 
 import hashlib
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,6 +41,11 @@ PUBLISHED = {  # file: (repository on the hub, sha256)
         "c31730e91111f98fe0e2dbde4475d381b5287ebb9672b1821796146a25c5132d",
     ),
 }
+SCHEME = "hf://"
+TIMEOUT = 10.0  # seconds for the list of a repository's files
+ADDRESS = re.compile(  # owner/name, @revision, /FILE
+    r"hf://([\w.-]+/[\w.-]+)(?:@([^@]+?))?(?:/([^@]+\.(?:safetensors|ckpt)))?"
+)
 BY_HAND = (
     "If you have the file from elsewhere, put it under this name into a folder and pass "
     "weights=FOLDER, or the file's path to the model's load_weights."
@@ -70,30 +76,103 @@ def download(filename) -> str:
     return path
 
 
-def _fetch(repo, filename):
+def find(address):
+    """Returns the `Repository` and the name of the file, or None, that an address tells.
+
+    Args:
+        address: "hf://owner/name", with @REVISION and /FILE.safetensors if need be.
+
+    Raises:
+        ValueError: another form, or no such repository.
+    """
+    match = ADDRESS.fullmatch(address)
+    if match is None:
+        raise ValueError(
+            f"An address on the hub is hf://owner/name, hf://owner/name@revision or either with "
+            f"/FILE.safetensors, not {address!r}."
+        )
+    repo, revision, file = match.groups()
+    return Repository(repo, revision), file
+
+
+class Repository:
+    """A repository of the hub at one commit; without a network, what the cache has of it.
+
+    Args:
+        name: "owner/name".
+        revision: branch, tag or commit; None is the main branch.
+
+    Attributes:
+        files: names of its files.
+        folder: path of the folder in the cache that `fetch` has put files into.
+
+    Raises:
+        ValueError: no such repository or revision, or no network.
+    """
+
+    def __init__(self, name, revision=None):
+        self.name, self.revision = name, revision
+        hub, errors = _library(name)
+        try:
+            info = hub.HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+            self.files = [file.rfilename for file in info.siblings]
+            self.commit, self.folder = info.sha, None
+        except Exception as error:
+            try:
+                folder = hub.snapshot_download(name, revision=revision, local_files_only=True)
+            except Exception:
+                raise _failed(str(self), hub, error) from error
+            self.folder = Path(folder)
+            files = (path for path in self.folder.rglob("*") if path.is_file())
+            self.files = [path.relative_to(self.folder).as_posix() for path in files]
+            self.commit = self.folder.name
+
+    def __str__(self):
+        return f"{SCHEME}{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    def fetch(self, name) -> Path:
+        """Returns the path of a file in the cache, downloaded if need be."""
+        if name not in self.files:
+            some = ", ".join(sorted(self.files)[:10])
+            raise ValueError(f"{self} has no {name}. It has {len(self.files)} files: {some} ...")
+        path = Path(_fetch(self.name, name, self.commit))
+        self.folder = path.parents[len(Path(name).parts) - 1]
+        return path
+
+
+def _library(wanted):
+    """Imports `huggingface_hub`."""
     try:
         import huggingface_hub as hub
-        from huggingface_hub import constants, errors
+        from huggingface_hub import errors
     except ImportError as error:
         raise ImportError(
-            f"Downloading {filename} takes huggingface_hub, which isn't installed: "
+            f"Downloading {wanted} takes huggingface_hub, which isn't installed: "
             f'pip install "stable-diffusion[hub]". {BY_HAND}'
         ) from error
+    return hub, errors
 
-    path = hub.try_to_load_from_cache(repo, filename)
+
+def _failed(what, hub, error):
+    return ValueError(
+        f"{what} can't be downloaded from {hub.constants.ENDPOINT} "
+        f"({type(error).__name__}: {error}). {BY_HAND}"
+    )
+
+
+def _fetch(repo, filename, revision=None):
+    hub, errors = _library(filename)
+    path = hub.try_to_load_from_cache(repo, filename, revision=revision)
     if isinstance(path, str):
         return path
     try:
         # Without a network, hf_hub_download alone would go on trying for half a minute. Whether a
         # server that does answer is asked again is left to it.
         with suppress(errors.HfHubHTTPError):
-            hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename))
-        return hub.hf_hub_download(repo, filename)
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, revision=revision))
+        return hub.hf_hub_download(repo, filename, revision=revision)
     except Exception as error:  # also those of the HTTP library beneath, which changes
-        raise ValueError(
-            f"{filename} can't be downloaded from {repo} on {constants.ENDPOINT} "
-            f"({type(error).__name__}: {error}). {BY_HAND}"
-        ) from error
+        raise _failed(f"{filename} of {repo}", hub, error) from error
 
 
 def _verify(path, repo, sha256):

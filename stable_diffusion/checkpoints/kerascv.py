@@ -1,22 +1,36 @@
-"""KerasCV's checkpoints: Keras 2 "legacy" .h5 files, published or in a folder.
+"""Keras' checkpoints: KerasCV's Keras 2 "legacy" .h5 files and Keras 3's .weights.h5, in a folder.
 
-Such a file lists its layers and each layer's tensors in the order in which Keras 2 built them. The
-names count instances (`dense_17`), so they are no key: the order is, and it is the order of the
+A legacy file lists its layers and each layer's tensors in the order in which Keras 2 built them.
+The names count instances (`dense_17`), so they are no key: the order is, and it is the order of the
 layers and weights of this project's models.
+
+Neither format says what a model looks like. The folders that this project writes have a subfolder
+`config` that does, in diffusers' words.
 """
 
 import re
-from itertools import zip_longest
+from collections import Counter
+from itertools import islice, zip_longest
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
-import numpy as np
+from keras import ops
 
-from stable_diffusion.checkpoints.building import Reader
+from stable_diffusion.checkpoints.building import PARTS, Reader
 from stable_diffusion.checkpoints.config import SD1, SD2, Config
+from stable_diffusion.checkpoints.diffusers_config import (
+    config_files,
+    read_config,
+    read_files,
+    read_tokenizer,
+    write_files,
+)
+from stable_diffusion.checkpoints.files import new_file, new_folder
 from stable_diffusion.checkpoints.hub import download
+from stable_diffusion.checkpoints.tensors import spoil
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
 
 V1_FILES = {
     "text_encoder": "kcv_encoder.h5",
@@ -28,6 +42,10 @@ V2_FILES = V1_FILES | {  # the VAE is the same
     "text_encoder": "text_encoder_v2_1.h5",
     "diffusion_model": "diffusion_model_v2_1.h5",
 }
+
+
+KERAS_FILES = {part: f"{part}.weights.h5" for part in PARTS}
+CONFIG = "config"  # subfolder
 
 
 class Preset(NamedTuple):
@@ -96,14 +114,15 @@ class KerasCVPreset(KerasCVFiles):
 
 
 class KerasCVFolder(KerasCVFiles):
-    """Loads files with the published names from a folder; only the parts asked for must be there.
+    """Loads files from a folder: with KerasCV's published names, or one .weights.h5 for each part.
 
-    The folder is Stable Diffusion 2's if it has that one's text encoder or diffusion model. If it
-    has both versions', `config` decides.
+    Only the parts asked for must be there. Published names are Stable Diffusion 2's if the folder
+    has that one's text encoder or diffusion model. If it has both versions', `config` decides.
 
     Args:
         folder: path of the folder.
-        config: the `Config`. Unless it is a custom one, the folder's version replaces it.
+        config: the `Config`. The folder's own replaces it if there is one; so does the version's
+            that the names show, unless `config` is a custom one.
 
     Raises:
         ValueError: no such folder; `build`: no such file in it.
@@ -113,17 +132,26 @@ class KerasCVFolder(KerasCVFiles):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"There is no folder {self.folder}.")
-        v1, v2 = (
-            (self.folder / files["text_encoder"]).is_file()
-            or (self.folder / files["diffusion_model"]).is_file()
-            for files in (V1_FILES, V2_FILES)
-        )
-        if v1 == v2:
-            v2 = config.unet.linear_projection
-        self.files = V2_FILES if v2 else V1_FILES
-        if config in (SD1, SD2):
+        has = {
+            version: any((self.folder / files[part]).is_file() for part in PARTS if part in files)
+            for version, files in {
+                "1": {k: V1_FILES[k] for k in ("text_encoder", "diffusion_model")},
+                "2": {k: V2_FILES[k] for k in ("text_encoder", "diffusion_model")},
+                "keras": KERAS_FILES,
+            }.items()
+        }
+        v2 = has["2"] if has["1"] != has["2"] else config.unet.linear_projection
+        self.files = KERAS_FILES if has["keras"] else V2_FILES if v2 else V1_FILES
+        self.configs = read_files(self.folder / CONFIG)
+        if self.configs:
+            config = read_config(self.folder / CONFIG, self.configs)
+        elif config in (SD1, SD2) and not has["keras"]:
             config = SD2 if v2 else SD1
         super().__init__(config)
+
+    def tokenizer(self):
+        """Returns the tokenizer in the folder's `config`; CLIP's where there is none."""
+        return read_tokenizer(self.folder / CONFIG, self.configs, self.config.text)
 
     def find(self, part):
         path = self.folder / self.files[part]
@@ -134,6 +162,102 @@ class KerasCVFolder(KerasCVFiles):
                 f"It has: {there}."
             )
         return str(path)
+
+
+def save_keras(folder, config, models, tokenizer=None, legacy=False):
+    """Writes a folder of one file for each part, in the dtype of the models.
+
+    Args:
+        folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
+        config: the `Config` the models were built from; it goes to the subfolder `config`.
+        models: dict from part to model.
+        tokenizer: None for CLIP's.
+        legacy: whether to write KerasCV's files, which KerasCV loads with `load_weights`, under the
+            published names; if not, Keras 3's .weights.h5.
+
+    Raises:
+        ValueError: a folder of something else.
+    """
+    names = V2_FILES if config.unet.linear_projection else V1_FILES
+    with new_folder(folder, CONFIG) as written:
+        files = config_files(config, models, tokenizer or SimpleTokenizer())
+        del files["model_index.json"]
+        write_files(written / CONFIG, files)
+        for part, model in models.items():
+            if legacy:
+                save_legacy(model, written / names[part])
+            else:
+                model.save_weights(written / KERAS_FILES[part])
+
+
+def save_legacy(model, path):
+    """Writes a model's parameters as Keras 2 did, as float32 unless they are float16 or float64.
+
+    Args:
+        model: a built Keras model.
+        path: path of the file; one that exists is replaced at the very end.
+
+    Reference: `save_weights_to_hdf5_group` in Keras 2's keras/saving/legacy/hdf5_format.py.
+    """
+    with new_file(path) as written, h5py.File(written, "w") as file:
+        layers = [layer for layer in model.layers if layer.weights]
+        file.attrs["layer_names"] = [layer.name.encode() for layer in layers]
+        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
+        for layer in layers:
+            group = file.create_group(layer.name)
+            names = [f"{variable.path}:0" for variable in layer.weights]
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, variable in zip(names, layer.weights, strict=True):
+                value = ops.convert_to_numpy(variable)
+                half = value.dtype.name == "bfloat16"  # which HDF5 has no word for
+                group[name] = value.astype("float32") if half else value
+
+
+def load_h5(model, path, load, **kwargs):
+    """Loads a model's parameters from a .h5 file of either kind: all of them, or none.
+
+    Args:
+        model: a built Keras model.
+        path: path of the file.
+        load: function of the path that loads Keras 3's formats.
+        **kwargs: passed to it.
+
+    Raises:
+        ValueError: the file is truncated, corrupt or of another model; the message names the file
+            and what differs.
+    """
+    if is_legacy(path):
+        return load_legacy(model, path)
+    if not str(path).endswith(OTHER_FORMATS):
+        _compare_shapes(model, path)
+    try:
+        load(path, **kwargs)
+    except Exception as error:  # which, depends on what Keras was doing
+        spoil(model.weights)
+        raise ValueError(
+            f"{path} can't be loaded: {error} All parameters of the model {model.name!r} are NaN "
+            f"now; load it again from another file."
+        ) from error
+
+
+def _compare_shapes(model, path):
+    """Raises a ValueError unless a .weights.h5 has as many tensors of each shape as the model."""
+    shapes = []
+    with _open(path) as file:
+        file.visititems(lambda _, item: shapes.append(getattr(item, "shape", None)))
+    shapes = [shape for shape in shapes if shape is not None]
+    ours = [tuple(variable.shape) for variable in model.weights]
+    missing, unused = Counter(ours) - Counter(shapes), Counter(shapes) - Counter(ours)
+    if missing or unused:
+        listed = [
+            f"{sum(counter.values())} {kind} ({', '.join(map(str, islice(counter, 10)))})"
+            for kind, counter in {"missing": missing, "unused": unused}.items()
+            if counter
+        ]
+        raise ValueError(
+            f"{path} doesn't fit the model {model.name!r}, which is unchanged. It has "
+            f"{len(shapes)} tensors, the model {len(ours)}; by shape {'; '.join(listed)}."
+        )
 
 
 def is_legacy(path) -> bool:
@@ -183,8 +307,7 @@ def load_legacy(model, path):
             try:
                 variable.assign(dataset[()])
             except BaseException as error:  # whatever it is, also Ctrl-C
-                for spoilt, *_ in pairs[: i + 1]:
-                    spoilt.assign(np.full(spoilt.shape, np.nan, "float32"))
+                spoil(variable for variable, *_ in pairs[: i + 1])
                 if not isinstance(error, OSError):
                     raise
                 raise ValueError(

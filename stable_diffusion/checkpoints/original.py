@@ -1,0 +1,413 @@
+"""Checkpoints in the original layout: one file with all parts, .safetensors or .ckpt.
+
+CompVis and Stability published Stable Diffusion 1 and 2 so, and most community sites share models
+so. The names say which part a tensor belongs to:
+
+    model.diffusion_model.*         the diffusion model
+    first_stage_model.*             the VAE: decoder and image encoder
+    cond_stage_model.transformer.*  the text encoder of Stable Diffusion 1, as transformers names it
+    cond_stage_model.model.*        the text encoder of Stable Diffusion 2, as OpenCLIP names it
+    model_ema.*                     the diffusion model's moving average
+
+Such a file has no config. What a model looks like is read from the shapes of its tensors, and the
+rest is as in Stable Diffusion 1 and 2. What this project writes has its config in the file's
+metadata, in diffusers' words, so that narrower models and KerasCV's dialect come back as they were.
+
+Reference for the names: https://github.com/CompVis/stable-diffusion (ldm/modules) and
+https://github.com/mlfoundations/open_clip (transformer.py).
+"""
+
+import json
+import re
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from stable_diffusion.checkpoints.building import PARTS, Reader
+from stable_diffusion.checkpoints.config import SD1, SD2, Config
+from stable_diffusion.checkpoints.diffusers import LAYOUTS as DIFFUSERS
+from stable_diffusion.checkpoints.diffusers import TRANSFORMER
+from stable_diffusion.checkpoints.diffusers_config import (
+    MERGES,
+    config_files,
+    read_config,
+    read_tokenizer,
+)
+from stable_diffusion.checkpoints.layout import Layout
+from stable_diffusion.checkpoints.presets import original
+from stable_diffusion.checkpoints.tensors import (
+    SafetensorsFiles,
+    TorchFile,
+    collect,
+    load,
+    looks_like,
+    save_safetensors,
+)
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
+
+TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
+VAE = {
+    "within": {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out", "attn": None},
+    "residual": {"conv_shortcut": "nin_shortcut"},
+    "prefix": "first_stage_model.",
+}
+LAYOUTS = {
+    "diffusion_model": Layout(
+        names={
+            "time_embedding_1": "time_embed.0",
+            "time_embedding_2": "time_embed.2",
+            "conv_in": "input_blocks.0.0",
+            "down_{i}_res_{j}": "input_blocks.{n}.0",
+            "down_{i}_attn_{j}": "input_blocks.{n}.1",
+            "down_{i}_downsample": "input_blocks.{n}.0.op",
+            "mid_res_0": "middle_block.0",
+            "mid_attn_0": "middle_block.1",
+            "mid_res_1": "middle_block.2",
+            "up_{i}_res_{j}": "output_blocks.{n}.0",
+            "up_{i}_attn_{j}": "output_blocks.{n}.1",
+            "up_{i}_upsample": "output_blocks.{n}.{u}",
+            "conv_norm_out": "out.0",
+            "conv_out": "out.2",
+        },
+        within=TRANSFORMER,
+        residual={
+            "norm1": "in_layers.0",
+            "conv1": "in_layers.2",
+            "time_emb_proj": "emb_layers.1",
+            "norm2": "out_layers.0",
+            "conv2": "out_layers.3",
+            "conv_shortcut": "skip_connection",
+        },
+        prefix="model.diffusion_model.",
+    ),
+    "decoder": Layout(
+        names={
+            "post_quant_conv": "post_quant_conv",
+            "conv_in": "decoder.conv_in",
+            "mid_res_0": "decoder.mid.block_1",
+            "mid_attn": "decoder.mid.attn_1",
+            "mid_res_1": "decoder.mid.block_2",
+            "up_{i}_res_{j}": "decoder.up.{r}.block.{j}",
+            "up_{i}_upsample": "decoder.up.{r}.upsample.conv",
+            "conv_norm_out": "decoder.norm_out",
+            "conv_out": "decoder.conv_out",
+        },
+        ignored=r"(encoder|quant_conv|loss|model_ema)\..*",
+        **VAE,
+    ),
+    "image_encoder": Layout(
+        names={
+            "conv_in": "encoder.conv_in",
+            "down_{i}_res_{j}": "encoder.down.{i}.block.{j}",
+            "down_{i}_downsample": "encoder.down.{i}.downsample.conv",
+            "mid_res_0": "encoder.mid.block_1",
+            "mid_attn": "encoder.mid.attn_1",
+            "mid_res_1": "encoder.mid.block_2",
+            "conv_norm_out": "encoder.norm_out",
+            "conv_out": "encoder.conv_out",
+            "quant_conv": "quant_conv",
+        },
+        ignored=r"(decoder|post_quant_conv|loss|model_ema)\..*",
+        **VAE,
+    ),
+}
+CLIP_LAYOUT = replace(DIFFUSERS["text_encoder"], prefix="cond_stage_model.transformer.")
+OPENCLIP_LAYOUT = Layout(
+    names={
+        "clip_embedding": None,
+        "layer_{i}": "transformer.resblocks.{i}",
+        "final_layer_norm": "ln_final",
+    },
+    within={
+        "position_embedding": "positional_embedding",
+        "layer_norm1": "ln_1",
+        "self_attn": "attn",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out": "out_proj",
+        "layer_norm2": "ln_2",
+        "fc1": "mlp.c_fc",
+        "fc2": "mlp.c_proj",
+    },
+    prefix="cond_stage_model.model.",
+    special=(
+        (r"positional_embedding\.weight", "positional_embedding"),
+        (r"attn\.(?P<qkv>[qkv])\.(weight|bias)", r"attn.in_proj_\2"),
+    ),
+    ignored=r"text_projection(\.weight)?|logit_scale|attn_mask",
+)
+ROOTS = {  # one tensor of each part, and what files put before the part's names
+    "diffusion_model": ("input_blocks.0.0.weight", ("model.diffusion_model.", "")),
+    "decoder": ("decoder.conv_in.weight", ("first_stage_model.", "vae.", "")),
+    "image_encoder": ("encoder.conv_in.weight", ("first_stage_model.", "vae.", "")),
+    "clip": (
+        "final_layer_norm.weight",
+        (
+            "cond_stage_model.transformer.text_model.",
+            "cond_stage_model.transformer.",
+            "text_model.",
+        ),
+    ),
+    "openclip": ("ln_final.weight", ("cond_stage_model.model.", "")),
+}
+CONFIG_KEY = "stable_diffusion.config"  # of the metadata: JSON of the files of `diffusers_config`
+UNNEEDED = ("model_index.json", "tokenizer/vocab.json", "tokenizer/tokenizer_config.json")
+V_KEYS = ("v_pred", "v-pred")  # an empty tensor of this name marks a model that predicts v
+
+
+class SingleFile(Reader):
+    """Reads a file in the original layout; it needs only the parts that are asked for.
+
+    Args:
+        path: path of a .safetensors file, or of a .ckpt, for which PyTorch has to be installed.
+        prediction_type: what the model predicts, which its tensors don't show: "epsilon" or
+            "v_prediction". None takes what the file's metadata or a .yaml beside it, of the same
+            name, says, and "epsilon" where they say nothing.
+        ema: whether the diffusion model's moving average is loaded where the file has both.
+
+    Attributes:
+        config: the `Config`: that of the metadata, else of the original dialect.
+
+    Raises:
+        ValueError: a file that can't be read, or of another family.
+    """
+
+    loads = True
+
+    def __init__(self, path: str | Path, prediction_type: str | None = None, ema: bool = False):
+        self.path, self.ema = Path(path), ema
+        kind = TorchFile if self.path.suffix in TORCH_FILES else SafetensorsFiles
+        self.source = kind(self.path)
+        names = self.source.shapes
+        self.roots = {
+            part: next((root for root in roots if root + name in names), None)
+            for part, (name, roots) in ROOTS.items()
+        }
+        if all(root is None for root in self.roots.values()):
+            raise ValueError(
+                f"{path} has no part of a Stable Diffusion in the original layout: there is no "
+                f"tensor such as {ROOTS['diffusion_model'][1][0]}{ROOTS['diffusion_model'][0]}."
+                f"{looks_like(names)}"
+            )
+        if "isn't supported" in (family := looks_like(names)):
+            raise ValueError(f"{path} can't be loaded.{family}")
+        if ema and not any(name.startswith("model_ema.") for name in names):
+            raise ValueError(f"{path} has no moving average: no tensor of it is a model_ema.*.")
+        self.files = _metadata(self.source)
+        config = read_config(self.path, self.files) if self.files else self._detect()
+        found = prediction_type or config.schedule.prediction_type
+        config = replace(config, schedule=replace(config.schedule, prediction_type=found))
+        super().__init__(config)
+
+    def build(self, part, make):
+        """See `Reader.build`; a ValueError if the file hasn't the part."""
+        self._layout(part)
+        return super().build(part, make)
+
+    def load(self, part, model):
+        """Loads a part's parameters: all of them, or none and a ValueError."""
+        layout = self._layout(part)
+        slots = layout.slots(model, **_counting(part, self.config))
+        if part == "diffusion_model" and self.ema:
+            slots = [slot._replace(name=_ema_name(slot.name)) for slot in slots]
+            layout = replace(layout, prefix="model_ema.", ignored="decay|num_updates")
+        load(part, slots, self.source, layout)
+
+    def tokenizer(self):
+        """Returns the tokenizer in the metadata; CLIP's where there is none."""
+        return read_tokenizer(self.path, self.files, self.config.text)
+
+    def _layout(self, part):
+        """Returns the layout of a part, with the prefix that this file has."""
+        if part == "text_encoder":
+            if self.roots["openclip"] is not None:
+                last = f"|transformer\\.resblocks\\.{self.config.text.depth}\\..*"  # is left out
+                layout = replace(OPENCLIP_LAYOUT, ignored=OPENCLIP_LAYOUT.ignored + last)
+                return replace(layout, prefix=self.roots["openclip"])
+            root = self.roots["clip"]
+            root = root and root.removesuffix("text_model.")
+            layout = CLIP_LAYOUT
+        else:
+            root = self.roots[part]
+            layout = LAYOUTS[part]
+        if root is None:
+            raise ValueError(
+                f"{self.path} has no {part.replace('_', ' ')}: there are no {layout.prefix}* of it."
+                f"{looks_like(self.source.shapes)}"
+            )
+        return replace(layout, prefix=root)
+
+    def _detect(self):
+        """Returns the config that the tensors show, in the original dialect."""
+        shapes, roots = self.source.shapes, self.roots
+        projections = [len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")]
+        v2 = roots["openclip"] is not None or projections[:1] == [2]
+        config = original(SD2 if v2 else SD1)
+        try:
+            unet = _unet_config(shapes, roots["diffusion_model"], config.unet)
+            text = _text_config(shapes, roots, config.text)
+            vae = _vae_config(shapes, roots, config.vae)
+        except KeyError as error:
+            raise ValueError(
+                f"{self.path} is no Stable Diffusion 1 or 2: there is no {error}."
+                f"{looks_like(shapes)}"
+            ) from error
+        predicted = _predicted(self.source, self.path)
+        schedule = replace(config.schedule, prediction_type=predicted)
+        size = 768 if v2 and predicted == "v_prediction" else 512  # as those two were published
+        return Config(text, unet, vae, schedule, size)
+
+
+def save_original(
+    path: str | Path,
+    config: Config,
+    models: dict,
+    tokenizer: SimpleTokenizer | None = None,
+    dtype: str = "float16",
+):
+    """Writes one .safetensors file that `SingleFile` and tools for the original layout load.
+
+    Args:
+        path: path of the file; one that exists is replaced at the very end.
+        config: the `Config` the models were built from.
+        models: dict from part (key of `PARTS`) to model.
+        tokenizer: None for CLIP's.
+        dtype: "float16", "bfloat16" or "float32".
+
+    Raises:
+        ValueError: an unknown part or dtype, another ending than .safetensors, or parameters that
+            `dtype` can't hold.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"A single file is written as .safetensors, not as {str(path)!r}.")
+    if unknown := models.keys() - PARTS.keys():
+        raise ValueError(f"Parts are {', '.join(PARTS)}, not {', '.join(sorted(unknown))}.")
+    files = config_files(config, models, tokenizer or SimpleTokenizer())
+    files = {name: data for name, data in files.items() if name not in UNNEEDED}
+    if tokenizer is None or files[MERGES] == config_files(config, {}, SimpleTokenizer())[MERGES]:
+        del files[MERGES]
+    tensors = {}
+    for part, model in models.items():
+        tensors |= collect(slots(part, model, config), dtype)
+    save_safetensors(path, tensors, {CONFIG_KEY: json.dumps(files)})
+
+
+def slots(part, model, config):
+    """Returns the slots of a part's variables in the original layout, see `layout.Layout.slots`."""
+    if part == "text_encoder":
+        layout = CLIP_LAYOUT if config.text.activation == "quick_gelu" else OPENCLIP_LAYOUT
+    else:
+        layout = LAYOUTS[part]
+    return layout.slots(model, **_counting(part, config))
+
+
+def _counting(part, config):
+    """Returns what names of blocks are counted from."""
+    if part == "diffusion_model":
+        return {"attention": config.unet.attention, "res_blocks": config.unet.res_blocks}
+    levels = (False,) * len(config.vae.widths)
+    return {} if part == "text_encoder" else {"attention": levels}
+
+
+def _metadata(source):
+    """Returns the files that `save_original` put into the metadata."""
+    try:
+        files = json.loads(source.metadata.get(CONFIG_KEY, "{}"))
+        good = all(
+            isinstance(data, str if name == MERGES else dict) for name, data in files.items()
+        )
+    except (ValueError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(f"{source.path}: {CONFIG_KEY} in its metadata is no JSON of configs.")
+    return files
+
+
+def _predicted(source, path):
+    """Returns what a diffusion model predicts, from the metadata, a marker or a .yaml beside it."""
+    said = source.metadata.get("modelspec.predict_key", "")
+    said = source.metadata.get("modelspec.prediction_type", said)
+    if any(key in source.shapes for key in V_KEYS):
+        said = "v"
+    beside = path.with_suffix(".yaml")
+    if beside.is_file():
+        text = beside.read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE):
+            said = match[1]
+    return "v_prediction" if said.startswith("v") else "epsilon"
+
+
+def _ema_name(name):
+    """Returns what the moving average of a parameter is called: without dots."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def _count(shapes, template):
+    """Returns how many of the names that a template gives for 0, 1, ... there are."""
+    return next(i for i in count() if template.format(i) not in shapes)
+
+
+def _text_config(shapes, roots, like):
+    """Returns the config of the text encoder; its heads are 64 wide, as in both versions."""
+    if (root := roots["openclip"]) is not None:
+        embedding, hidden = "token_embedding.weight", "transformer.resblocks.{}.mlp.c_fc.weight"
+    elif (root := roots["clip"]) is not None:
+        embedding, hidden = "embeddings.token_embedding.weight", "encoder.layers.{}.mlp.fc1.weight"
+    else:
+        return like
+    vocab_size, width = shapes[root + embedding]
+    depth = _count(shapes, root + hidden)
+    return replace(
+        like,
+        width=width,
+        depth=depth - (roots["openclip"] is not None),  # whose last layer is left out
+        heads=max(1, width // 64),
+        hidden=shapes[root + hidden.format(0)][0],
+        vocab_size=vocab_size,
+    )
+
+
+def _unet_config(shapes, root, like):
+    """Returns the config of the diffusion model: 8 heads in version 1, heads 64 wide in 2."""
+    if root is None:
+        return like
+    levels = [[]]
+    for n in range(1, len(shapes)):
+        block = f"{root}input_blocks.{n}."
+        if f"{block}0.op.weight" in shapes:
+            levels.append([])
+        elif f"{block}0.out_layers.3.weight" in shapes:
+            width = shapes[f"{block}0.out_layers.3.weight"][0]
+            levels[-1].append((width, f"{block}1.proj_in.weight" in shapes))
+        else:
+            break
+    if not all(level and set(level) == {level[0]} for level in levels):
+        raise KeyError("level of equal blocks")
+    widths = tuple(level[0][0] for level in levels)
+    return replace(
+        like,
+        widths=widths,
+        heads=tuple(w // 64 for w in widths) if like.linear_projection else (8,) * len(widths),
+        attention=tuple(level[0][1] for level in levels),
+        context_width=shapes[f"{root}middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        res_blocks=len(levels[0]),
+        in_channels=shapes[f"{root}input_blocks.0.0.weight"][1],
+        out_channels=shapes[f"{root}out.2.weight"][0],
+    )
+
+
+def _vae_config(shapes, roots, like):
+    """Returns the config of the VAE, from its encoder or, where there is none, its decoder."""
+    if (root := roots["image_encoder"]) is not None:
+        levels, latents = root + "encoder.down.{}.block.0.conv2.weight", "encoder.conv_out.weight"
+        blocks = _count(shapes, root + "encoder.down.0.block.{}.conv2.weight")
+        channels = shapes[root + latents][0] // 2  # means and variances
+    elif (root := roots["decoder"]) is not None:
+        levels = root + "decoder.up.{}.block.0.conv2.weight"
+        blocks = _count(shapes, root + "decoder.up.0.block.{}.conv2.weight") - 1
+        channels = shapes[root + "decoder.conv_in.weight"][1]
+    else:
+        return like
+    widths = tuple(shapes[levels.format(i)][0] for i in range(_count(shapes, levels)))
+    return replace(like, widths=widths, res_blocks=blocks, latent_channels=channels)
