@@ -3,16 +3,25 @@
     python scripts/emoji_data.py --out emoji.npz
     python scripts/train_emoji.py emoji.npz --work runs/emoji --out weights/emoji
 
-First the VAE learns to compress pictures, then the text encoder and the UNet learn together to
-remove noise from its latents. Every stage is plain Keras: a model, `compile` and `fit`. All of it
-happens in `--work`; a run that was stopped goes on from the last epoch when the command is given
-again. Each epoch leaves a grid of samples there. `--out` gets the result, a diffusers folder.
+First the VAE learns to compress pictures. Its latents of all training pictures are written to a
+file. Then the text encoder and the UNet learn together to remove noise from these latents. Each
+stage is plain Keras: a model, `compile` and `fit`.
+
+Everything happens in `--work`: after each epoch a checkpoint, a line in log.csv and a picture of
+what the model does. A run that was stopped goes on from the last epoch when the same command is
+given again. `--out` gets the result, a diffusers folder, with two lists beside model_index.json:
+subjects.txt (what it draws) and words.txt (what it was told).
+
+In comments on shapes, N is the number of latents, and h, w are their cells.
 """
 
 import argparse
 import gzip
 import importlib.util
+import re
+import sys
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +31,8 @@ from keras import ops
 from PIL import Image
 
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
+from stable_diffusion.__main__ import split_words
+from stable_diffusion.checkpoints import open_checkpoint
 from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers
 from stable_diffusion.checkpoints.presets import original
@@ -39,34 +50,47 @@ CONFIG = original(
     Config(
         text=TextConfig(width=128, depth=3, heads=4, hidden=512),
         unet=UNetConfig(
-            widths=(64, 128, 128),
-            heads=(2, 4, 4),
-            attention=(True, True, True),
+            widths=(64, 128, 192),
+            heads=(2, 4, 6),
+            attention=(False, True, True),
             context_width=128,
             res_blocks=1,
         ),
-        vae=VAEConfig(widths=(16, 32, 64, 96), res_blocks=1, groups=8, scaling_factor=1.0),
+        vae=VAEConfig(widths=(16, 32, 64, 128), res_blocks=1, groups=8, scaling_factor=1.0),
         size=SIZE,
     )
 )
-# With the linear schedule almost nothing is left of the picture at the last timestep, so sampling
-# may start there, from pure noise: "trailing" does.
-SCHEDULE = NoiseScheduler(clip_sample=False, prediction_type="v_prediction", spacing="trailing")
-# Fruits and faces of animals: from one name to another in the font's order.
-SUBJECTS = (("melon", "strawberry"), ("mouse face", "panda"))
-KL_WEIGHT = 1e-6
+
+# The VAE.
+CROP = SIZE // 2  # it learns from crops, which cost a quarter of a picture
+VAE_BATCH, VAE_RATE, VAE_WARMUP = 16, 2e-3, 200  # the rate's peak, and the steps up to it
+KL_WEIGHT = 1e-4
+
+# What the text encoder and the UNet see.
+SUBJECTS = 520  # those that are easiest to tell apart
+VARIANTS = 3  # of each subject on each background, in slightly different places and sizes
+PLACES = [("small", None), ("large", None), *((None, side) for side in emoji.SIDES)]
+PLAIN = 0.75  # share of pictures without a word of size or side
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
-PLACES = [(None, None), ("small", None)]  # sizes and sides, see emoji_data.py
-PLAIN = 0.75  # share of the first of them
-PROMPTS = [
+
+# How they learn. With the linear schedule almost nothing is left of the picture at the last
+# timestep, so sampling may start there, from pure noise: "trailing" does.
+SCHEDULE = NoiseScheduler(clip_sample=False, prediction_type="v_prediction", spacing="trailing")
+BATCH, RATE, WARMUP = 32, 8e-4, 500
+EMA = 0.999
+
+FLOOR = 0.01  # what is left of a learning rate at the end
+SAMPLE_STEPS = 20  # and how many held-out pairs the VAE shows:
+SAMPLE_PAIRS = 16
+PROMPTS = [  # of the pictures after each epoch
     "a red apple on a blue background",
     "a cat face on a green background",
     "a banana on a red background",
     "a panda on a purple background",
     "a small dog face on a white background",
-    "a frog on a pink background",
-    "a strawberry on a black background",
-    "lemon on blue",
+    "a rocket on a pink background",
+    "a strawberry on the left of a black background",
+    "pizza on blue",
 ]
 
 
@@ -82,27 +106,76 @@ def save_grid(path, pictures, columns):
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
-def fit(model, data, epochs, folder, callbacks):
-    """Fits, leaving a checkpoint each epoch; goes on from the newest one in `folder`."""
-    keep = keras.callbacks.BackupAndRestore(folder / "backup", delete_checkpoint=False)
-    log = keras.callbacks.CSVLogger(folder / "log.csv", append=True)
-    model.fit(data, epochs=epochs, verbose=2, callbacks=[keep, log, *callbacks])
+def write_lines(path, lines):
+    """Writes a text file: the whole file, or none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
 
 
-def subjects(path):
-    """Returns names and pictures of the prepared data that are in `SUBJECTS`."""
-    names, pictures = emoji.load(path)
-    keep = [i for a, b in SUBJECTS for i in range(names.index(a), names.index(b) + 1)]
-    return [names[i] for i in keep], pictures[keep]
+# --- Training that can be stopped at any time. ---------------------------------------------------
 
 
-class Crops(keras.utils.PyDataset):
-    """Random pictures for the VAE, cut to `side` pixels; epoch and index determine them."""
+class Checkpoint(keras.callbacks.Callback):
+    """Saves the model's and the optimizer's variables after each epoch: whole, or not at all."""
 
-    def __init__(self, names, pictures, batch_size, steps, side):
+    def __init__(self, path):
         super().__init__()
-        self.names, self.pictures = names, pictures
-        self.batch_size, self.steps, self.side, self.epoch = batch_size, steps, side, 0
+        self.path = path
+
+    def on_epoch_end(self, epoch, logs=None):
+        temporary = self.path.with_name(f"next.{self.path.name}")
+        self.model.save_weights(temporary)
+        temporary.replace(self.path)
+
+
+def rate_schedule(peak, warmup, steps):
+    """Returns a learning rate that rises linearly, then falls as a cosine until `steps`."""
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, steps - warmup), FLOOR, warmup_target=peak, warmup_steps=warmup
+    )
+
+
+def fit(model, data, epochs, folder, callbacks):
+    """Fits, leaving a checkpoint each epoch; goes on from the one in `folder`, if there is one.
+
+    Everything that training goes on from is in the checkpoint: the parameters as the optimizer
+    left them, its moments and averages, and how many steps it has taken, which tells the learning
+    rate, the epoch and thereby the data.
+
+    Args:
+        model: compiled and built.
+        data: a `Batches`.
+        epochs: how many in all, those before included.
+        folder: where the checkpoint and log.csv are.
+        callbacks: come after the checkpoint, so that they may change the parameters.
+    """
+    newest = folder / "latest.weights.h5"
+    model.optimizer.build(model.trainable_variables)
+    if newest.exists():
+        model.load_weights(newest)
+    data.epoch = int(ops.convert_to_numpy(model.optimizer.iterations)) // len(data)
+    print(f"{folder}: {data.epoch} of {epochs} epochs done", flush=True)
+    model.fit(
+        data,
+        initial_epoch=data.epoch,
+        epochs=epochs,
+        shuffle=False,  # the batches are random already
+        verbose=1 if sys.stdout.isatty() else 2,
+        callbacks=[
+            Checkpoint(newest),
+            keras.callbacks.CSVLogger(folder / "log.csv", append=True),
+            *callbacks,
+        ],
+    )
+
+
+class Batches(keras.utils.PyDataset):
+    """Random batches; the epoch and the index in it determine them."""
+
+    def __init__(self, batch_size, steps):
+        super().__init__()
+        self.batch_size, self.steps, self.epoch = batch_size, steps, 0
 
     def __len__(self):
         return self.steps
@@ -111,14 +184,32 @@ class Crops(keras.utils.PyDataset):
         self.epoch += 1
 
     def __getitem__(self, index):
-        rng = np.random.default_rng((self.side, self.epoch, index))
+        return self.draw(np.random.default_rng((self.epoch, index)))
+
+
+# --- The VAE. ------------------------------------------------------------------------------------
+
+
+class Crops(Batches):
+    """Pictures for the VAE, each of which it has to reproduce."""
+
+    def __init__(self, names, pictures, steps):
+        super().__init__(VAE_BATCH, steps)
+        self.names, self.pictures = names, pictures
+
+    def draw(self, rng):
         batch = []
         for _ in range(self.batch_size):
             picture, _ = emoji.sample(rng, self.names, self.pictures)
-            y, x = rng.integers(0, SIZE - self.side + 1, 2)
-            batch.append(picture[y : y + self.side, x : x + self.side])
+            y, x = rng.integers(0, SIZE - CROP + 1, 2)
+            batch.append(picture[y : y + CROP, x : x + CROP])
         batch = to_float(np.stack(batch))
         return batch, batch
+
+
+def moments(encoder):
+    """Returns the model of the posterior's mean and log variance, `(B, h, w, 2 * channels)`."""
+    return keras.Model(encoder.inputs[0], encoder.layers[-2].output)
 
 
 class Autoencoder(keras.Model):
@@ -126,7 +217,7 @@ class Autoencoder(keras.Model):
 
     def __init__(self, encoder, decoder):
         super().__init__()
-        self.encoder = keras.Model(encoder.inputs[0], encoder.layers[-2].output)
+        self.encoder = moments(encoder)
         self.decoder = decoder
         self.seed = keras.random.SeedGenerator(0)
 
@@ -142,25 +233,24 @@ class Autoencoder(keras.Model):
 
 
 def reconstruction_loss(y_true, y_pred):
-    """Mean absolute plus mean squared error: sharp edges and right colours."""
+    """Mean absolute plus four times mean squared error: sharp edges and right colours."""
     error = y_true - y_pred
-    return ops.mean(ops.abs(error) + ops.square(error), axis=(1, 2, 3))
+    return ops.mean(ops.abs(error) + 4.0 * ops.square(error), axis=(1, 2, 3))
 
 
 def train_vae(names, pictures, folder, epochs, steps):
-    """Trains on crops, because they cost a quarter of a picture; returns encoder and decoder."""
+    """Trains encoder and decoder; returns the checkpoint with them, a diffusers folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    side = SIZE // 2
+    keras.utils.set_random_seed(0)
     encoder = ImageEncoder(download_weights=False, config=CONFIG.vae)
     decoder = Decoder(SIZE, SIZE, download_weights=False, config=CONFIG.vae)
-    of_crops = Decoder(side, side, download_weights=False, config=CONFIG.vae)
+    of_crops = Decoder(CROP, CROP, download_weights=False, config=CONFIG.vae)
     model = Autoencoder(encoder, of_crops)
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, epochs * steps, 0.01, warmup_target=1e-3, warmup_steps=200
-    )
+    model(np.zeros((1, CROP, CROP, 3), "float32"))  # builds it, so that variables can be loaded
+    rate = rate_schedule(VAE_RATE, VAE_WARMUP, epochs * steps)
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=reconstruction_loss)
     rng = np.random.default_rng(0)
-    shown = [emoji.sample(rng, names, pictures, "held_out")[0] for _ in range(16)]
+    shown = [emoji.sample(rng, names, pictures, "held_out")[0] for _ in range(SAMPLE_PAIRS)]
     shown = to_float(np.stack(shown))
 
     def sample(epoch, logs):
@@ -169,94 +259,180 @@ def train_vae(names, pictures, folder, epochs, steps):
         decoded = np.clip(ops.convert_to_numpy(decoder(mean)), -1, 1)
         error = np.mean((decoded - shown) ** 2, axis=(1, 2, 3)) / 4
         print(f"held-out pairs: PSNR {np.mean(-10 * np.log10(error)):.2f} dB", flush=True)
-        save_grid(folder / f"epoch_{epoch + 1:03}.png", np.concatenate([shown, decoded]), 16)
+        save_grid(
+            folder / f"epoch_{epoch + 1:03}.png", np.concatenate([shown, decoded]), len(shown)
+        )
 
     show = keras.callbacks.LambdaCallback(on_epoch_end=sample)
-    fit(model, Crops(names, pictures, 16, steps, side), epochs, folder, [show])
+    fit(model, Crops(names, pictures, steps), epochs, folder, [show])
     decoder.set_weights(of_crops.get_weights())
-    return encoder, decoder
+    parts = {"image_encoder": encoder, "decoder": decoder}
+    save_diffusers(folder / "checkpoint", CONFIG, parts, dtype="float32")
+    return folder / "checkpoint"
 
 
-def encode_pictures(names, pictures, encoder, cache):
-    """Encodes every subject on every background, in each size and place; held-out pairs aside.
+def load_vae(folder):
+    """Reads encoder, decoder and their config from a diffusers folder.
 
-    Returns:
-        Latents, float32 `(N, 16, 16, 4)` of unit variance; what each shows, N tuples
-        `(name, colour, size, side)`; and the factor that gave them unit variance.
+    Raises:
+        ValueError: no VAE is there, or one of other latents.
     """
-    shown = [
-        (i, colour, size, side)
-        for i, name in enumerate(names)
+    checkpoint = open_checkpoint(folder)
+    config, unet = checkpoint.config.vae, CONFIG.unet
+    scale = 2 ** (len(config.widths) - 1)
+    if (scale, config.latent_channels) != (unet.latent_scale, unet.in_channels):
+        raise ValueError(
+            f"{folder}: the VAE must have {unet.in_channels} channels at 1/{unet.latent_scale} of "
+            f"the size, not {config.latent_channels} at 1/{scale}"
+        )
+    encoder = checkpoint.build("image_encoder", ImageEncoder)
+    decoder = checkpoint.build("decoder", partial(Decoder, SIZE, SIZE))
+    return encoder, decoder, config
+
+
+# --- The latents of the training pictures. -------------------------------------------------------
+
+
+def list_scenes(names):
+    """Lists the training pictures: `(subject's index, colour, size, side, variant)`."""
+    kinds = [(None, None, variant) for variant in range(VARIANTS)]
+    kinds += [(size, side, 0) for size, side in PLACES]
+    return [
+        (index, colour, *kind)
+        for index, name in enumerate(names)
         for colour in emoji.COLOURS
         if not emoji.held_out(name, colour)
-        for size, side in PLACES
+        for kind in kinds
     ]
 
-    def picture(i, colour, size, side):
-        offset = emoji.SIDES[side][1] if side else (0, 0)
-        return emoji.compose(pictures[i], emoji.COLOURS[colour], emoji.SCALES[size], offset)
 
-    if not cache.exists():
-        batches = [shown[start : start + 64] for start in range(0, len(shown), 64)]
-        encoded = [
-            encoder.predict_on_batch(to_float(np.stack([picture(*what) for what in batch])))
-            for batch in batches
-        ]
-        np.save(cache, np.concatenate(encoded))
-    latents = np.load(cache)
-    factor = float(1 / latents.std())
-    return latents * factor, [(names[i], *rest) for i, *rest in shown], factor
+def draw_scene(pictures, index, colour, size, side, variant):
+    """Draws one of `list_scenes`, uint8 `(128, 128, 3)`."""
+    if side:
+        scale, offset = emoji.SCALES["small"], emoji.SIDES[side][1]
+    elif size:
+        scale, offset = emoji.SCALES[size], (0, 0)
+    else:
+        place = list(emoji.COLOURS).index(colour)
+        scale, offset = emoji.jitter(np.random.default_rng((index, place, variant)))
+    return emoji.compose(pictures[index], emoji.COLOURS[colour], scale, offset)
 
 
-def write_vocabulary(names, path):
-    """Writes the part of CLIP's BPE vocabulary that the captions need; returns its tokenizer.
+def encode_scenes(scenes, pictures, encoder, cache, batch_size=64):
+    """Encodes the training pictures, a batch at a time, into a file.
 
-    A pair is kept if what it joins occurs in a word of the captions, so that these words have the
-    pieces they have with the whole vocabulary. Other words are spelled in shorter pieces.
+    A stopped run goes on with the rows that are still zero, as no latent is.
+
+    Args:
+        scenes: see `list_scenes`.
+        pictures: uint8 `(subjects, 128, 128, 4)`.
+        encoder: the `ImageEncoder`.
+        cache: path of the .npy file.
+        batch_size: how many pictures are in memory at once.
+
+    Returns:
+        The posterior's means, float16 `(N, h, w, 4)`, read from the file when they are needed.
+
+    Raises:
+        ValueError: the file is of other pictures or another VAE.
     """
-    captions = [emoji.caption(name, colour) for name in names for colour in emoji.COLOURS]
-    captions += ["an emoji of a picture of a small large on the left right at the top bottom, of"]
-    text = " ".join({f"{word}</w>" for caption in captions for word in caption.split()})
+    encoder = moments(encoder)
+    channels = encoder.outputs[0].shape[-1] // 2
+
+    def encode(some):
+        batch = to_float(np.stack([draw_scene(pictures, *scene) for scene in some]))
+        return np.asarray(encoder.predict_on_batch(batch))[..., :channels]
+
+    first = encode(scenes[:batch_size])
+    shape = (len(scenes), *first.shape[1:])
+    part = cache.with_name(f"next.{cache.name}")
+    begun = next((path for path in (cache, part) if path.exists()), None)
+    if begun is None:
+        latents = np.lib.format.open_memmap(part, "w+", "float16", shape)
+        latents[:batch_size] = first
+    else:
+        latents = np.load(begun, mmap_mode="r+")
+        if latents.shape != shape or not np.allclose(latents[:batch_size], first, atol=0.1):
+            raise ValueError(f"{begun}: of other pictures or another VAE; remove it to go on")
+    todo = np.flatnonzero(~latents.any(axis=(1, 2, 3)))
+    for start in range(0, len(todo), batch_size):
+        rows = todo[start : start + batch_size]
+        latents[rows] = encode([scenes[row] for row in rows])
+        if start // batch_size % 50 == 0:
+            print(f"{shape[0] - len(todo) + start} of {shape[0]} pictures encoded", flush=True)
+    latents.flush()
+    if begun != cache:
+        part.replace(cache)
+    return np.load(cache, mmap_mode="r")
+
+
+# --- Text encoder and UNet. ----------------------------------------------------------------------
+
+
+def list_words(names):
+    """Returns every word of the training captions, sorted."""
+    return sorted(
+        {
+            word
+            for index, colour, size, side, _ in list_scenes(names)
+            for caption in emoji.captions(names[index], colour, size, side)
+            for word in split_words(caption)
+        }
+    )
+
+
+def write_vocabulary(words, path):
+    """Writes the part of CLIP's BPE vocabulary that the words need; returns its tokenizer.
+
+    A pair is kept if what it joins occurs in a word, so that these words have the pieces they have
+    with the whole vocabulary. Other words are spelled in shorter pieces.
+    """
+    ends = (piece for word in words for piece in re.split("(?=')", word))  # CLIP splits woman + 's
+    text = " ".join(f"{piece}</w>" for piece in ends)
     whole = WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
     with gzip.open(whole, "rt", encoding="utf-8") as file:
         pairs = islice(file, 1, 1 + NUM_PAIRS)
-        needed = [pair for pair in pairs if pair.replace(" ", "").strip() in text]
-    path.write_text("#version: 0.2\n" + "".join(needed), encoding="utf-8")
+        needed = [pair.rstrip("\n") for pair in pairs if pair.replace(" ", "").strip() in text]
+    write_lines(path, ["#version: 0.2", *needed])
     return SimpleTokenizer(path)
 
 
-class NoisyLatents(keras.utils.PyDataset):
-    """Batches of noisy latents with their captions, and the v that the UNet is to predict."""
+class NoisyLatents(Batches):
+    """Noisy latents with their captions, and the v that the UNet is to predict.
 
-    def __init__(self, latents, shown, tokenizer, batch_size, steps):
-        super().__init__()
-        self.latents, self.shown, self.tokenizer = latents, shown, tokenizer
-        self.batch_size, self.steps, self.epoch = batch_size, steps, 0
-        plain = np.array([size is None for _, _, size, _ in shown])
+    Args:
+        latents: float `(N, h, w, 4)`.
+        factor: what brings them to unit variance.
+        scenes: what they show, see `list_scenes`.
+        names: of the subjects.
+        tokenizer: the `SimpleTokenizer`.
+        steps: batches an epoch.
+    """
+
+    def __init__(self, latents, factor, scenes, names, tokenizer, steps):
+        super().__init__(BATCH, steps)
+        self.latents, self.factor = latents, factor
+        self.scenes, self.names, self.tokenizer = scenes, names, tokenizer
+        plain = np.array([size is side is None for _, _, size, side, _ in scenes])
         self.weight = np.where(plain, PLAIN / plain.sum(), (1 - PLAIN) / (~plain).sum())
 
-    def __len__(self):
-        return self.steps
-
-    def on_epoch_begin(self):
-        self.epoch += 1
-
-    def tokens(self, rng, name, colour, size, side):
-        dropped = rng.random() < UNCONDITIONAL
-        ids = self.tokenizer.encode("" if dropped else emoji.caption(name, colour, rng, size, side))
+    def tokens(self, rng, index, colour, size, side, _):
+        if side and rng.random() < 0.5:
+            size = "small"  # as everything on a side is
+        text = emoji.caption(self.names[index], colour, rng, size, side)
+        ids = self.tokenizer.encode("" if rng.random() < UNCONDITIONAL else text)
         return ids + [self.tokenizer.end_of_text] * (LENGTH - len(ids))
 
-    def __getitem__(self, index):
-        rng = np.random.default_rng((self.epoch, index))
-        chosen = rng.choice(len(self.shown), self.batch_size, p=self.weight)
+    def draw(self, rng):
+        chosen = rng.choice(len(self.scenes), self.batch_size, p=self.weight)
         timesteps = rng.integers(0, len(SCHEDULE), self.batch_size)
         alpha = SCHEDULE.alphas_cumprod[timesteps][:, None, None, None].astype("float32")
-        x0 = self.latents[chosen]
+        x0 = self.latents[chosen].astype("float32") * self.factor
         noise = rng.standard_normal(x0.shape, dtype="float32")
         inputs = {
             "latent": alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise,
             "timestep_embedding": timestep_embedding(timesteps, CONFIG.unet.widths[0]),
-            "tokens": np.array([self.tokens(rng, *self.shown[i]) for i in chosen], "int32"),
+            "tokens": np.array([self.tokens(rng, *self.scenes[i]) for i in chosen], "int32"),
             "positions": np.tile(np.arange(LENGTH, dtype="int32"), (self.batch_size, 1)),
         }
         return inputs, alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
@@ -271,58 +447,86 @@ def train_diffusion(data, pipeline, folder, epochs):
     model = keras.Model(
         {tensor.name: tensor for tensor in inputs}, unet([latent, time, text_encoder.output])
     )
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, epochs * data.steps, 0.01, warmup_target=8e-4, warmup_steps=data.steps
-    )
     optimizer = keras.optimizers.AdamW(
-        rate, weight_decay=1e-3, clipnorm=1.0, use_ema=True, ema_momentum=0.995
+        rate_schedule(RATE, WARMUP, epochs * len(data)),
+        weight_decay=1e-3,
+        clipnorm=1.0,
+        use_ema=True,
+        ema_momentum=EMA,
     )
     model.compile(optimizer, loss="mse")
 
     def sample(epoch, logs):
-        pictures = pipeline.text_to_image(PROMPTS, num_steps=20, seed=[0] * len(PROMPTS), verbose=0)
+        prompts, seeds = PROMPTS * 2, np.repeat([0, 1], len(PROMPTS))
+        pictures = pipeline.text_to_image(prompts, num_steps=SAMPLE_STEPS, seed=seeds, verbose=0)
         save_grid(folder / f"epoch_{epoch + 1:03}.png", to_float(pictures), len(PROMPTS))
 
+    # At an epoch's end the average takes the parameters' place, for the samples, and goes back
+    # before the next one. The checkpoint is written before that.
     averaged = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     show = keras.callbacks.LambdaCallback(on_epoch_end=sample)
     fit(model, data, epochs, folder, [averaged, show])
 
 
-def main():
+def train(args):
     """Trains what is not trained yet, and writes the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="what scripts/emoji_data.py wrote")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
-    parser.add_argument("--vae-epochs", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=200, help="steps an epoch")
-    args = parser.parse_args()
-    names, pictures = subjects(args.data)
-    encoder, decoder = train_vae(names, pictures, args.work / "vae", args.vae_epochs, args.steps)
-    cache = args.work / "latents.npy"
-    latents, shown, factor = encode_pictures(names, pictures, encoder, cache)
-    tokenizer = write_vocabulary(names, args.work / "merges.txt")
-    print(f"{len(latents)} latents times {factor:.4f}, {len(tokenizer.vocab)} tokens", flush=True)
+    names, pictures = emoji.load(args.data)
+    vae = args.vae
+    if vae is None:
+        vae = train_vae(names, pictures, args.work / "vae", args.vae_epochs, args.steps)
+    encoder, decoder, vae_config = load_vae(vae)
+
+    names, pictures = emoji.distinct(names, pictures, SUBJECTS)
+    scenes, words = list_scenes(names), list_words(names)
+    args.work.mkdir(parents=True, exist_ok=True)
+    latents = encode_scenes(scenes, pictures, encoder, args.work / "latents.npy")
+    factor = float(1 / latents[::7].std(dtype="float64"))  # a sample of them is enough
+    tokenizer = write_vocabulary(words, args.work / "merges.txt")
+    print(f"{len(names)} subjects, {len(words)} words of {len(tokenizer.vocab)} pieces, ", end="")
+    print(f"{len(latents)} latents times {factor:.4f}", flush=True)
 
     config = replace(
         CONFIG,
         text=replace(CONFIG.text, vocab_size=len(tokenizer.vocab)),
-        vae=replace(CONFIG.vae, scaling_factor=factor),
+        vae=replace(vae_config, scaling_factor=factor),
         schedule=SCHEDULE,
     )
+    keras.utils.set_random_seed(0)
     pipeline = StableDiffusion(jit_compile=False, weights=None, config=config)
     pipeline._tokenizer = tokenizer
     pipeline.decoder.set_weights(decoder.get_weights())
     pipeline.image_encoder.set_weights(encoder.get_weights())
-    data = NoisyLatents(latents, shown, tokenizer, 32, args.steps)
+    data = NoisyLatents(latents, factor, scenes, names, tokenizer, args.steps)
     train_diffusion(data, pipeline, args.work / "diffusion", args.epochs)
     if args.out:
         parts = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
         models = {part: getattr(pipeline, part) for part in parts}
         save_diffusers(args.out, config, models, tokenizer)
+        write_lines(args.out / "subjects.txt", names)
+        write_lines(args.out / "words.txt", words)
         print(f"wrote {args.out}")
 
 
+def main(argv=None):
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path, help="what scripts/emoji_data.py wrote")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
+    parser.add_argument("--vae", type=Path, help="diffusers folder: take its VAE, train none")
+    parser.add_argument("--vae-epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200, help="steps an epoch")
+    args = parser.parse_args(argv)
+    if min(args.vae_epochs, args.epochs, args.steps) < 1:
+        parser.error("epochs and steps must be at least 1")
+    try:
+        train(args)
+    except (OSError, ValueError) as error:
+        print(f"train_emoji: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
