@@ -23,6 +23,8 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import numpy as np
+
 from stable_diffusion.checkpoints.building import PARTS, Reader
 from stable_diffusion.checkpoints.config import SD1, SD2, Config
 from stable_diffusion.checkpoints.diffusers import LAYOUTS as DIFFUSERS
@@ -153,6 +155,8 @@ ROOTS = {  # one tensor of each part, and what files put before the part's names
 }
 CONFIG_KEY = "stable_diffusion.config"  # of the metadata: JSON of the files of `diffusers_config`
 UNNEEDED = ("model_index.json", "tokenizer/vocab.json", "tokenizer/tokenizer_config.json")
+# The last layer of OpenCLIP, which isn't used but is in every file: of zeros in those written here.
+UNUSED = "cond_stage_model.model.transformer.resblocks.{}."
 V_KEYS = ("v_pred", "v-pred")  # an empty tensor of this name marks a model that predicts v
 
 
@@ -180,10 +184,7 @@ class SingleFile(Reader):
         kind = TorchFile if self.path.suffix in TORCH_FILES else SafetensorsFiles
         self.source = kind(self.path)
         names = self.source.shapes
-        self.roots = {
-            part: next((root for root in roots if root + name in names), None)
-            for part, (name, roots) in ROOTS.items()
-        }
+        self.roots = self.find_roots(names)
         if all(root is None for root in self.roots.values()):
             raise ValueError(
                 f"{path} has no part of a Stable Diffusion in the original layout: there is no "
@@ -199,6 +200,14 @@ class SingleFile(Reader):
         found = prediction_type or config.schedule.prediction_type
         config = replace(config, schedule=replace(config.schedule, prediction_type=found))
         super().__init__(config)
+
+    @staticmethod
+    def find_roots(names):
+        """Returns what the file puts before the names of each part, None where it hasn't it."""
+        return {
+            part: next((root for root in roots if root + name in names), None)
+            for part, (name, roots) in ROOTS.items()
+        }
 
     def build(self, part, make):
         """See `Reader.build`; a ValueError if the file hasn't the part."""
@@ -290,6 +299,9 @@ def save_original(
     tensors = {}
     for part, model in models.items():
         tensors |= collect(slots(part, model, config), dtype)
+    used, unused = (UNUSED.format(config.text.depth - n) for n in (1, 0))
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith(used)}
+    tensors |= {name.replace(used, unused): np.zeros_like(x) for name, x in last.items()}
     save_safetensors(path, tensors, {CONFIG_KEY: json.dumps(files)})
 
 
@@ -361,7 +373,7 @@ def _text_config(shapes, roots, like):
     return replace(
         like,
         width=width,
-        depth=depth - (roots["openclip"] is not None),  # whose last layer is left out
+        depth=depth - (roots["openclip"] is not None and depth != SD2.text.depth),  # see UNUSED
         heads=max(1, width // 64),
         hidden=shapes[root + hidden.format(0)][0],
         vocab_size=vocab_size,

@@ -4,6 +4,7 @@ The formats that `Layout`s describe come in safetensors files, one or several, a
 zip files, which are opened only in the way that runs nothing of what they say.
 """
 
+import json
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,11 @@ from keras import ops
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from stable_diffusion.checkpoints.building import empty, to_tensor
 from stable_diffusion.checkpoints.files import new_file
 
 DTYPES = ("float32", "float16", "bfloat16")
-FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}  # of safetensors
 MAX_NAMES = 10  # of each kind, in an error
 OUTPUTS = 32  # channels transposed at once, so that they stay in the processor's cache
 AHEAD = 2  # tensors that are read while one is assigned
@@ -67,31 +69,41 @@ class SafetensorsFiles:
         self.path, self.shapes, self.odd, self._files = path, {}, {}, {}
         self.metadata = {}
         for file in files or [path]:
-            with self._open(file) as opened:
-                self.metadata = self.metadata or opened.metadata() or {}
-                for name in opened.keys():  # noqa: SIM118  it is no dict
-                    tensor = opened.get_slice(name)
-                    self._files[name], self.shapes[name] = file, tuple(tensor.get_shape())
-                    if tensor.get_dtype() not in FLOATS:
-                        self.odd[name] = tensor.get_dtype()
+            try:
+                with safe_open(file, framework="numpy"):  # checks all of the header
+                    pass
+                header, start = _header(file)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is no intact safetensors file: {error}") from error
+            self.metadata = self.metadata or header.pop("__metadata__", {})
+            for name, entry in header.items():
+                self.shapes[name] = tuple(entry["shape"])
+                if entry["dtype"] not in FLOATS:
+                    self.odd[name] = entry["dtype"]
+                dtype = FLOATS.get(entry["dtype"], "uint8")
+                self._files[name] = file, start + entry["data_offsets"][0], dtype
 
     def read(self, name, row=0, rows=1):
         """Returns a tensor as numpy array, or the `row`-th of `rows` equal slices of it.
 
-        The file is opened anew each time: while it is open, the pages of all that was read count
-        as this process's memory, and would at last be as large as the file.
+        The array is mapped from the file, only for as long as it is used: pages of a map that stays
+        open count as this process's memory, and would at last be as large as the file.
         """
-        with self._open(self._files[name]) as opened:
-            if rows == 1:
-                return opened.get_tensor(name)
-            size = self.shapes[name][0] // rows
-            return opened.get_slice(name)[row * size : (row + 1) * size]
+        file, start, dtype = self._files[name]
+        shape = self.shapes[name]
+        tensor = np.memmap(file, dtype, "r", start, shape) if np.prod(shape) else np.empty(shape)
+        size = len(tensor) // rows if rows > 1 else None
+        return tensor[row * size : (row + 1) * size] if rows > 1 else tensor
 
-    def _open(self, file):
-        try:
-            return safe_open(file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is no intact safetensors file: {error}") from error
+
+def _header(file):
+    """Returns the header of a safetensors file that was checked, and where the data begin.
+
+    Reference: https://github.com/huggingface/safetensors, "Format".
+    """
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        return json.loads(opened.read(size)), 8 + size
 
 
 class TorchFile:
@@ -166,7 +178,7 @@ def load(part, slots, source, layout):
                 waiting.append((slot, pool.submit(read, slot)))
             while waiting:
                 slot, future = waiting.popleft()
-                slot.variable.assign(future.result())
+                slot.variable.assign(to_tensor(future.result()))
                 waiting.extend((s, pool.submit(read, s)) for s in islice(coming, 1))
         except BaseException as error:  # whatever it is, also Ctrl-C
             pool.shutdown(cancel_futures=True)
@@ -266,15 +278,17 @@ def _no_ones(shape):
 
 def _from_stored(tensor, variable):
     """Returns a tensor of a file as its variable has it, in the variable's shape and dtype."""
-    tensor = tensor.astype(variable.dtype, copy=False)
+    value = empty(variable.shape, variable.dtype)
     if not variable.path.endswith("/kernel"):
-        return tensor.reshape(variable.shape)
-    outputs, inputs, *window = tensor.shape
+        value[...] = tensor.reshape(variable.shape)
+        return value
+    outputs, inputs = tensor.shape[:2]
     tensor = tensor.reshape(outputs, inputs, -1)
-    kernel = np.empty((tensor.shape[2], inputs, outputs), tensor.dtype)
+    kernel = value.reshape(-1, inputs, outputs)
     for start in range(0, outputs, OUTPUTS):  # numpy alone would take twice as long
-        kernel[..., start : start + OUTPUTS] = tensor[start : start + OUTPUTS].transpose(2, 1, 0)
-    return kernel.reshape(variable.shape)
+        some = np.array(tensor[start : start + OUTPUTS])
+        kernel[..., start : start + OUTPUTS] = some.transpose(2, 1, 0)
+    return value
 
 
 def to_stored(slot, dtype):

@@ -1,0 +1,465 @@
+"""Files in the original layout: what is written is read back, and files of others are understood.
+
+Parameters are copied, so they are compared for equality. That the names are the original ones shows
+tests/parity_diffusers/test_formats.py, where diffusers reads such files.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from safetensors.numpy import load_file, save_file
+from test_checkpoints_diffusers import CONFIGS, MAKE, check_equal, random_models
+
+from stable_diffusion import SimpleTokenizer, StableDiffusion
+from stable_diffusion.checkpoints import FORMATS, open_checkpoint, save
+from stable_diffusion.checkpoints.building import uninitialized
+from stable_diffusion.checkpoints.config import SD1, SD2, Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.checkpoints.original import CONFIG_KEY, SingleFile, save_original, slots
+from stable_diffusion.checkpoints.presets import SD1_INPAINTING, original
+from stable_diffusion.checkpoints.tensors import SafetensorsFiles
+
+# Narrow, but with the heads that versions 1 and 2 have, so that shapes alone tell the config.
+PLAIN_1 = original(
+    Config(
+        TextConfig(64, 2, 1, 128, vocab_size=600),
+        UNetConfig((64, 128), (8, 8), (True, False), 64, res_blocks=1),
+        VAEConfig((32, 32, 64, 64), res_blocks=1),
+    )
+)
+PLAIN_2 = replace(
+    PLAIN_1,
+    text=replace(PLAIN_1.text, activation="gelu", pad_token=0),
+    unet=replace(PLAIN_1.unet, heads=(1, 2), linear_projection=True),
+)
+PLAIN = {"1": PLAIN_1, "2": PLAIN_2}
+
+
+@pytest.fixture(scope="module", params=PLAIN)
+def plain(request, tmp_path_factory):
+    """A file as others share it, without our metadata; with its config and models."""
+    config = PLAIN[request.param]
+    models = random_models(config)
+    path = tmp_path_factory.mktemp("plain") / f"{request.param}.safetensors"
+    save_original(path, config, models, dtype="float32")
+    save_file(load_file(path), path)
+    return path, config, models
+
+
+@pytest.fixture
+def tensors(plain):
+    return load_file(plain[0])
+
+
+def check_parts(reader, config, models, parts=MAKE):
+    for part in parts:
+        model = reader.build(part, lambda config, part=part, **_: MAKE[part](whole(part, config)))
+        check_equal(model, models[part])
+
+
+def whole(part, config):
+    """Returns a Config of which `config` is the part's."""
+    name = {"text_encoder": "text", "diffusion_model": "unet"}.get(part, "vae")
+    return replace(PLAIN_1, **{name: config})
+
+
+class Pipeline:
+    """What `save` asks of a pipeline."""
+
+    def __init__(self, config, models, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.__dict__ |= models
+
+
+# Configs that shapes don't show
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_metadata_keeps_the_config(name, tmp_path):
+    config = replace(CONFIGS[name], text=replace(CONFIGS[name].text, vocab_size=49410))
+    models = random_models(config)
+    tokenizer = SimpleTokenizer()
+    tokenizer.add_tokens(["<one>", "Two"])
+    path = tmp_path / "model.safetensors"
+    save_original(path, config, models, tokenizer, "float32")
+    reader = SingleFile(path)
+    schedule = replace(config.schedule, clip_sample=False)
+    assert reader.config == replace(config, schedule=schedule)
+    assert reader.tokenizer().encoder == tokenizer.encoder
+    for part, model in models.items():
+        empty = MAKE[part](config)
+        reader.load(part, empty)
+        check_equal(empty, model)
+
+
+@pytest.mark.parametrize("value", ["{", "[]", '{"unet/config.json": 3}', "[" * 100_000])
+def test_damaged_metadata(value, tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"first_stage_model.decoder.conv_in.weight": np.zeros((8, 4, 3, 3), "float32")}
+    save_file(tensors, path, {CONFIG_KEY: value})
+    with pytest.raises(ValueError, match=f"x.safetensors: {CONFIG_KEY} in its metadata is no JSON"):
+        SingleFile(path)
+
+
+# Files of others
+
+
+def test_shapes_show_the_config(plain):
+    path, config, models = plain
+    reader = open_checkpoint(path)
+    assert reader.config == config
+    check_parts(reader, config, models)
+
+
+@pytest.mark.parametrize("config", [SD1, SD1_INPAINTING, SD2], ids=["1", "1 inpainting", "2"])
+def test_shapes_of_the_published_ones(config, tmp_path):
+    with uninitialized():
+        models = {part: make(config) for part, make in MAKE.items()}
+    shapes = {
+        slot.name: (slot.shape[0] * slot.rows, *slot.shape[1:])
+        for part, model in models.items()
+        for slot in slots(part, model, config)
+    }
+    layer = "transformer.resblocks.22."
+    last = {k.replace(layer, layer.replace("2.", "3.")): v for k, v in shapes.items() if layer in k}
+    assert len(last) == (12 if config == SD2 else 0)
+    reader = SingleFile.__new__(SingleFile)
+    reader.path = tmp_path / "x.safetensors"
+    reader.source = type("Source", (), {"shapes": shapes | last, "metadata": {}})
+    reader.roots = SingleFile.find_roots(shapes)
+    assert reader._detect() == original(config)
+    reader.source.shapes = shapes  # as if somebody had taken the layer off that isn't used
+    assert reader._detect() == original(config)
+
+
+def test_names_as_published(plain, tensors):
+    """Some names that https://github.com/CompVis/stable-diffusion and OpenCLIP have, by hand."""
+    path, config, models = plain
+    unet = "model.diffusion_model."
+    names = {
+        f"{unet}time_embed.2.weight": (256, 256),
+        f"{unet}input_blocks.1.0.in_layers.0.weight": (64,),
+        f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (64, 64),
+        f"{unet}input_blocks.2.0.op.weight": (64, 64, 3, 3),
+        f"{unet}input_blocks.3.0.skip_connection.weight": (128, 64, 1, 1),
+        f"{unet}middle_block.1.transformer_blocks.0.ff.net.0.proj.weight": (1024, 128),
+        f"{unet}output_blocks.1.1.conv.weight": (128, 128, 3, 3),  # no attention on that level
+        f"{unet}output_blocks.3.1.proj_out.weight": (64, 64, 1, 1),
+        f"{unet}out.2.weight": (4, 64, 3, 3),
+        "first_stage_model.encoder.down.0.downsample.conv.weight": (32, 32, 3, 3),
+        "first_stage_model.decoder.up.3.block.0.conv1.weight": (64, 64, 3, 3),
+        "first_stage_model.decoder.up.1.block.0.nin_shortcut.weight": (32, 64, 1, 1),
+        "first_stage_model.decoder.mid.attn_1.q.weight": (64, 64, 1, 1),
+        "first_stage_model.post_quant_conv.weight": (4, 4, 1, 1),
+    }
+    if config == PLAIN_2:
+        text = "cond_stage_model.model."
+        names[f"{unet}output_blocks.3.1.proj_out.weight"] = (64, 64)
+        names |= {
+            f"{text}positional_embedding": (77, 64),
+            f"{text}transformer.resblocks.1.attn.in_proj_weight": (192, 64),
+            f"{text}transformer.resblocks.1.mlp.c_fc.bias": (128,),
+            f"{text}ln_final.weight": (64,),
+        }
+    else:
+        text = "cond_stage_model.transformer.text_model."
+        names |= {
+            f"{text}embeddings.position_embedding.weight": (77, 64),
+            f"{text}encoder.layers.1.self_attn.q_proj.weight": (64, 64),
+            f"{text}final_layer_norm.weight": (64,),
+        }
+    assert {name: tensors[name].shape for name in names} == names
+    if config == PLAIN_2:
+        layer = models["text_encoder"].layers[3].self_attn
+        fused = [ops.convert_to_numpy(d.kernel).T for d in (layer.to_q, layer.to_k, layer.to_v)]
+        stored = tensors["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
+        np.testing.assert_array_equal(stored, np.concatenate(fused))
+
+
+def test_what_others_have_beside_the_parts(plain, tensors, tmp_path):
+    path, config, models = plain
+    extra = ["betas", "model_ema.decay", "first_stage_model.loss.logvar", "control_model.x"]
+    if config == PLAIN_2:
+        text = "cond_stage_model.model."
+        extra += [f"{text}text_projection", f"{text}logit_scale"]
+    else:
+        extra += ["cond_stage_model.transformer.text_model.embeddings.position_ids"]
+    tensors |= dict.fromkeys(extra, np.zeros(3, "int64"))
+    save_file(tensors, tmp_path / "more.safetensors")
+    reader = SingleFile(tmp_path / "more.safetensors")
+    assert reader.config == config
+    check_parts(reader, config, models)
+
+
+@pytest.mark.parametrize("root", ["", "vae."])
+def test_a_vae_alone(root, plain, tensors, tmp_path):
+    path, config, models = plain
+    start = "first_stage_model."
+    vae = {root + k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    save_file(vae, tmp_path / "vae.safetensors")
+    reader = SingleFile(tmp_path / "vae.safetensors")
+    assert reader.config.vae == config.vae
+    check_parts(reader, config, models, ["decoder", "image_encoder"])
+    with pytest.raises(
+        ValueError, match="vae.safetensors has no diffusion model: there are no mod"
+    ):
+        reader.build("diffusion_model", None)
+
+
+def test_a_decoder_alone(plain, tensors, tmp_path):
+    path, config, models = plain
+    kept = {k: v for k, v in tensors.items() if ".decoder." in k or ".post_quant_conv." in k}
+    save_file(kept, tmp_path / "x.safetensors")
+    reader = SingleFile(tmp_path / "x.safetensors")
+    assert reader.config.vae == config.vae
+    check_parts(reader, config, models, ["decoder"])
+
+
+def test_moving_average(plain, tensors, tmp_path):
+    path, config, models = plain
+    root = "model.diffusion_model."
+    averages = {
+        "model_ema.diffusion_model" + name.removeprefix(root).replace(".", ""): value + 1
+        for name, value in tensors.items()
+        if name.startswith(root)
+    }
+    save_file(tensors | averages, tmp_path / "x.safetensors")
+    check_parts(SingleFile(tmp_path / "x.safetensors"), config, models)
+    reader = open_checkpoint(tmp_path / "x.safetensors", ema=True)
+    model = reader.build("diffusion_model", lambda config, **_: MAKE["diffusion_model"](
+        whole("diffusion_model", config)))  # fmt: skip
+    for actual, value in zip(model.weights, models["diffusion_model"].weights, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(actual), ops.convert_to_numpy(value) + 1)
+    check_parts(reader, config, models, ["text_encoder", "decoder"])
+    with pytest.raises(ValueError, match="has no moving average"):
+        open_checkpoint(path, ema=True)
+
+
+def test_what_it_predicts(plain, tensors, tmp_path):
+    path, config, _ = plain
+    file = tmp_path / "x.safetensors"
+
+    def predicted(metadata=None, more=(), **arguments):
+        save_file(tensors | dict.fromkeys(more, np.zeros(0, "float32")), file, metadata)
+        return open_checkpoint(file, **arguments).config
+
+    assert predicted().schedule.prediction_type == "epsilon"
+    as_v = replace(config.schedule, prediction_type="v_prediction")
+    size = 768 if config == PLAIN_2 else 512
+    for found in (
+        predicted({"modelspec.predict_key": "v"}),
+        predicted({"modelspec.prediction_type": "v_prediction"}),
+        predicted(more=["v_pred"]),
+    ):
+        assert found == replace(config, schedule=as_v, size=size)
+    assert predicted(prediction_type="v_prediction").schedule == as_v
+    file.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    assert predicted().schedule == as_v
+    assert predicted(prediction_type="epsilon").schedule.prediction_type == "epsilon"
+    with pytest.raises(ValueError, match="prediction_type must be one of .*, not 'x'"):
+        predicted(prediction_type="x")
+
+
+# What doesn't fit
+
+
+@pytest.mark.parametrize("kind", ["missing", "unused", "misshapen", "not float"])
+def test_one_tensor_that_does_not_fit(kind, plain, tensors, tmp_path):
+    path, config, models = plain
+    name = "model.diffusion_model.out.2.bias"
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "unused":
+        tensors["model.diffusion_model.extra"] = np.zeros(2, "float32")
+    elif kind == "misshapen":
+        tensors[name] = np.zeros(5, "float32")
+    else:
+        tensors[name] = np.zeros(4, "int32")
+    save_file(tensors, tmp_path / "x.safetensors")
+    reader = SingleFile(tmp_path / "x.safetensors")
+    model = MAKE["diffusion_model"](config)
+    before = [ops.convert_to_numpy(weight).copy() for weight in model.weights]
+    with pytest.raises(
+        ValueError, match=rf"unchanged: 1 {kind} \([^;]*\)\. The file looks like St"
+    ):
+        reader.load("diffusion_model", model)
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(weight), value)
+
+
+def test_the_first_ten_of_many(plain, tensors, tmp_path):
+    path, config, models = plain
+    names = [f"model.diffusion_model.x{n:02}" for n in range(11)]
+    save_file(tensors | dict.fromkeys(names, np.zeros(1, "float32")), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"11 unused \(.*x09, \.\.\.\)"):
+        SingleFile(tmp_path / "x.safetensors").load(
+            "diffusion_model", MAKE["diffusion_model"](config)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("anything", "has no part of a Stable Diffusion in the original layout"),
+        ("model.diffusion_model.label_emb.0.0.weight", "Stable Diffusion XL, which isn't support"),
+        ("model.diffusion_model.joint_blocks.0.x", "Stable Diffusion 3, which isn't supported"),
+        ("lora_unet_mid.lora_down.weight", "The file looks like a LoRA, which load_lora loads"),
+        ("down_blocks.0.resnets.0.time_emb_proj.bias", "looks like a UNet in diffusers' layout"),
+    ],
+)
+def test_other_families(name, message, tmp_path):
+    save_file({name: np.zeros(2, "float32")}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion(weights=tmp_path / "x.safetensors")
+
+
+def test_levels_that_differ(plain, tensors, tmp_path):
+    root = "model.diffusion_model.input_blocks."
+    kept = {k: v for k, v in tensors.items() if not k.startswith((f"{root}3.", f"{root}4."))}
+    save_file(kept, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="is no Stable Diffusion 1 or 2: there is no"):
+        SingleFile(tmp_path / "x.safetensors")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype, tmp_path):
+    models = random_models(PLAIN_2)
+    save_original(tmp_path / "x.safetensors", PLAIN_2, models, dtype=dtype)
+    reader = SingleFile(tmp_path / "x.safetensors")
+    empty = MAKE["text_encoder"](PLAIN_2)
+    reader.load("text_encoder", empty)
+    check_equal(empty, models["text_encoder"], cast=dtype)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        half = MAKE["text_encoder"](PLAIN_2)
+        reader.load("text_encoder", half)
+        assert {keras.backend.standardize_dtype(w.dtype) for w in half.weights} == {dtype}
+        for weight, other in zip(half.weights, empty.weights, strict=True):
+            np.testing.assert_array_equal(
+                ops.convert_to_numpy(ops.cast(weight, "float32")), ops.convert_to_numpy(other)
+            )
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    models = random_models(PLAIN_1)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    models["decoder"].weights[0].assign(ops.full(models["decoder"].weights[0].shape, 1e6))
+    with pytest.raises(ValueError, match="not finite in float16"):
+        save_original(path, PLAIN_1, models)
+    with pytest.raises(ValueError, match="written as .safetensors, not as '.*x.ckpt'"):
+        save_original(tmp_path / "x.ckpt", PLAIN_1, models)
+    with pytest.raises(ValueError, match="Parts are .*, not unet"):
+        save_original(path, PLAIN_1, {"unet": models["diffusion_model"]})
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def open_file(path):
+    tensors = {name: (x.dtype, x.shape, x.tobytes()) for name, x in load_file(path).items()}
+    return tensors, SafetensorsFiles(path).metadata
+
+
+@pytest.mark.parametrize("version", PLAIN)
+def test_every_format_to_every_other(version, tmp_path):
+    """Loads each format and writes each: what is in the files is the same, bit for bit."""
+    config = PLAIN[version]
+    tokenizer = SimpleTokenizer()
+    config = replace(config, text=replace(config.text, vocab_size=len(tokenizer.vocab)))
+    first = Pipeline(config, random_models(config), tokenizer)
+
+    def write(pipeline, name):
+        for format in FORMATS:
+            path = tmp_path / name / (f"{format}.safetensors" if format == "original" else format)
+            path.parent.mkdir(exist_ok=True)
+            save(pipeline, path, format)
+            yield path
+
+    paths = list(write(first, "first"))
+    for path in paths:
+        pipeline = StableDiffusion(jit_compile=False, weights=path)
+        assert pipeline.config == config, path
+        assert pipeline.tokenizer.encoder == tokenizer.encoder
+        for part in MAKE:
+            check_equal(getattr(pipeline, part), getattr(first, part))
+        for old, new in zip(paths, write(pipeline, path.stem), strict=True):
+            files = [p for p in (old.rglob("*") if old.is_dir() else [old]) if p.is_file()]
+            for file in files:
+                other = new / file.relative_to(old) if old.is_dir() else new
+                if file.suffix == ".safetensors":  # whose metadata are in any order
+                    assert open_file(file) == open_file(other), other
+                elif file.suffix != ".h5":  # which has times in it
+                    assert file.read_bytes() == other.read_bytes(), other
+
+
+def test_arguments_of_save(tmp_path):
+    pipeline = StableDiffusion(weights=None, config=PLAIN_1)
+    with pytest.raises(ValueError, match="format must be one of diffusers, .*, not 'pickle'"):
+        pipeline.save(tmp_path / "x", "pickle")
+    with pytest.raises(ValueError, match="dtype must be one of float32, .*, not 'int8'"):
+        pipeline.save(tmp_path / "x", dtype="int8")
+    with pytest.raises(ValueError, match="keras format is written in the models' float32, not fl"):
+        pipeline.save(tmp_path / "x", "keras", "float16")
+    assert not list(tmp_path.iterdir())
+
+
+# PyTorch's files
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def write_ckpt(path, content):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(content, protocol=2))
+        file.writestr("archive/version", "3\n")
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    trace = tmp_path / "trace"
+    write_ckpt(tmp_path / "x.ckpt", {"state_dict": Malicious(trace)})
+    with pytest.raises(ValueError, match=r"was refused, and nothing in it was run|isn't installed"):
+        StableDiffusion(weights=tmp_path / "x.ckpt")
+    pickle.loads(pickle.dumps({"state_dict": Malicious(trace)}))  # it would have left a trace
+    assert trace.exists()
+
+
+def test_torch_file_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    write_ckpt(tmp_path / "x.ckpt", {})
+    with pytest.raises(ValueError, match="x.ckpt is a PyTorch file.*convert_checkpoint.py x.ckpt"):
+        StableDiffusion(weights=tmp_path / "x.ckpt")
+
+
+def test_torch_file(plain, tensors, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch reads these files, and isn't installed")
+    path, config, models = plain
+    tensors = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "x.ckpt")
+    reader = open_checkpoint(tmp_path / "x.ckpt")
+    assert reader.config == config
+    check_parts(reader, config, models)
+
+
+def test_metadata_is_in_words_of_diffusers(plain, tmp_path):
+    path, config, models = plain
+    save_original(tmp_path / "x.safetensors", config, {"decoder": models["decoder"]})
+    files = json.loads(SingleFile(tmp_path / "x.safetensors").source.metadata[CONFIG_KEY])
+    assert files["vae/config.json"]["block_out_channels"] == list(config.vae.widths)
+    assert "tokenizer/merges.txt" not in files  # CLIP's
