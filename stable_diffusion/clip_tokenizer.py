@@ -63,6 +63,8 @@ class SimpleTokenizer:
         encoder: dict from token to id.
         start_of_text: id before the first word, 49406.
         end_of_text: id after the last word, 49407; KerasCV also pads with it.
+        vectors: dict from added tokens to their ids, of those that stand for several, as a textual
+            inversion can (see `checkpoints.embedding`).
 
     Raises:
         ValueError: if `bpe_path` is not such a file.
@@ -84,6 +86,7 @@ class SimpleTokenizer:
             raise ValueError(f"bpe_path {path} is not a list of BPE pairs") from error
         self.start_of_text, self.end_of_text = self.encoder[START], self.encoder[END]
         self._cache = {START: [self.start_of_text], END: [self.end_of_text]}
+        self.vectors = {}
         self.add_tokens([])
 
     def add_tokens(self, tokens: str | list[str]) -> int:
@@ -129,7 +132,7 @@ class SimpleTokenizer:
         ids = [self.start_of_text]
         for place, part in enumerate(self._added.split(text)):
             if place % 2:  # split() puts what the pattern's group has captured at the odd places
-                ids.append(self.encoder[part])
+                ids += self.vectors.get(part, [self.encoder[part]])
                 continue
             # The reference also strips and collapses white space, which changes no word.
             clean = html.unescape(html.unescape(ftfy.fix_text(part))).lower()
