@@ -1,6 +1,7 @@
 """The command `stable-diffusion`: draws pictures of prompts and writes them as PNG files."""
 
 import argparse
+import gc
 import os
 import re
 import secrets
@@ -295,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ImportError, MemoryError) as error:
         show("")
         return complain(f"{type(error).__name__}: {error}", 1)
+    if argv is None:
+        gc.freeze()  # else Python takes seconds, before it ends, to look for garbage
     return 0
 
 
