@@ -203,7 +203,9 @@ def taught(tiny, monkeypatch, tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "words.txt").write_text("a\ncat\non\nred\n", "utf-8")
-    monkeypatch.setattr("stable_diffusion.checkpoints.building.Reader.folder", folder, raising=False)
+    monkeypatch.setattr(
+        "stable_diffusion.checkpoints.building.Reader.folder", folder, raising=False
+    )
     return folder
 
 
