@@ -21,7 +21,6 @@ from keras import ops
 from safetensors import SafetensorError
 
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.checkpoints.lora import keep_originals, open_safetensors
 from stable_diffusion.checkpoints.tensors import MAX_NAMES, looks_like
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.text_encoder import TextEncoder
@@ -57,7 +56,10 @@ def load_embedding(pipeline, path: str | Path, token: str | None = None) -> list
         model.text_to_image("a <cat-toy> on a beach")
         ```
     """
-    vectors, name = _read(Path(path))
+    # Not above: it imports the formats, whose tokenizers need `expand_tokens`.
+    from stable_diffusion.checkpoints.lora import keep_originals, open_safetensors
+
+    vectors, name = _read(open_safetensors(path))
     token = name if token is None else token
     tokenizer, old = pipeline.tokenizer, pipeline.text_encoder
     if not isinstance(old, TextEncoder) or not isinstance(tokenizer, SimpleTokenizer):
@@ -114,9 +116,9 @@ def expand_tokens(tokenizer: SimpleTokenizer):
             tokenizer.vectors[token] = [ids[name] for name in names]
 
 
-def _read(path):
+def _read(file):
     """Returns the vectors of a file as `(n, D)`, and what the token is called in it."""
-    file = open_safetensors(path)
+    path = Path(file.path)
     if TWO_ENCODERS & file.shapes.keys():
         raise ValueError(f"{path} is for the two text encoders of Stable Diffusion XL.")
     if len(file.shapes) != 1:

@@ -94,8 +94,8 @@ FIXED = {  # what an adapter's config has to say, where it says it
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FOLDER_FILES = ("pytorch_lora_weights.safetensors", PEFT_FILE)
 METADATA = "lora_adapter_metadata"  # diffusers' key for the configs, by part
 PATTERN_SECONDS = 1.0  # patterns come with the file; one that takes longer is refused
 
