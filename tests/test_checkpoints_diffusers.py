@@ -267,7 +267,9 @@ def test_one_tensor_that_does_not_fit(folder, kind):
     else:
         del tensors[name]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=rf"which is unchanged: 1 {kind} \([^;]*\)\. The file looks like"):
+    with pytest.raises(
+        ValueError, match=rf"which is unchanged: 1 {kind} \([^;]*\)\. The file looks like"
+    ):
         DiffusersFolder(folder).load("text_encoder", MAKE["text_encoder"](SMALL))
 
 

@@ -10,6 +10,7 @@ Neither format says what a model looks like. The folders that this project write
 
 import re
 from collections import Counter
+from contextlib import contextmanager
 from itertools import islice, zip_longest
 from math import prod
 from pathlib import Path
@@ -243,7 +244,7 @@ def load_h5(model, path, load, **kwargs):
 def _compare_shapes(model, path):
     """Raises a ValueError unless a .weights.h5 has as many tensors of each shape as the model."""
     shapes = []
-    with _open(path) as file:
+    with _opened(path) as file:
         file.visititems(lambda _, item: shapes.append(getattr(item, "shape", None)))
     shapes = [shape for shape in shapes if shape is not None]
     ours = [tuple(variable.shape) for variable in model.weights]
@@ -274,7 +275,7 @@ def is_legacy(path) -> bool:
     """
     if str(path).endswith(OTHER_FORMATS):
         return False
-    with _open(path) as file:
+    with _opened(path) as file:
         return _root(file) is not None
 
 
@@ -295,7 +296,7 @@ def load_legacy(model, path):
             and what differs.
     """
     ours = [(layer.name, layer.weights) for layer in model.layers if layer.weights]
-    with _open(path) as file:
+    with _opened(path) as file:
         theirs = _read_layers(file, path)
         _compare(model, ours, path, theirs)
         pairs = [
@@ -314,6 +315,16 @@ def load_legacy(model, path):
                     f"{path} is corrupt: {name} can't be read ({error}). Parameters of the model "
                     f"{model.name!r} are NaN now; load it again from another file."
                 ) from error
+
+
+@contextmanager
+def _opened(path):
+    """Opens an HDF5 file; whatever is wrong with it becomes a ValueError that names it."""
+    with _open(path) as file:
+        try:
+            yield file
+        except (OSError, RuntimeError, LookupError, TypeError, UnicodeError) as error:
+            raise ValueError(f"{path} is corrupt: {error}.") from error
 
 
 def _open(path):
@@ -363,15 +374,12 @@ def _read_layers(file, path):
     root = _root(file)
     if root is None:
         raise ValueError(f"{path} is not in Keras 2's legacy layout: it has no list of layers.")
-    try:
-        layers = [(name, root[name]) for name in _read_names(root, "layer_names")]
-        layers = [
-            (layer, [(name, group[name]) for name in _read_names(group, "weight_names")])
-            for layer, group in layers
-        ]
-        return [(layer, tensors) for layer, tensors in layers if tensors]
-    except (KeyError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is corrupt: its layers can't be listed ({error}).") from error
+    layers = [(name, root[name]) for name in _read_names(root, "layer_names")]
+    layers = [
+        (layer, [(name, group[name]) for name in _read_names(group, "weight_names")])
+        for layer, group in layers
+    ]
+    return [(layer, tensors) for layer, tensors in layers if tensors]
 
 
 def _compare(model, ours, path, theirs):
