@@ -117,9 +117,8 @@ def main():
             if done.returncode:
                 sys.exit(f"{name} failed: {done.stderr[-2000:]}")
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        f"{'':12}{'loaded':>10}{'and read':>10}{'memory':>10}   ({args.policy}, medians of {args.runs})"
-    )
+    print(f"{args.policy}, medians of {args.runs}")
+    print(f"{'':12}{'loaded':>10}{'and read':>10}{'memory':>10}")
     for name in LOADERS:
         if name not in results:
             print(f"{name:12}not installed")

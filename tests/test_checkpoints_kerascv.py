@@ -227,7 +227,7 @@ def test_a_listed_tensor_is_missing(tmp_path):
     path = write_legacy(tmp_path / "x.h5", layers_of(model))
     with h5py.File(path, "a") as file:
         del file["conv_in"]
-    with pytest.raises(ValueError, match=r"x\.h5 is corrupt: its layers can't be listed"):
+    with pytest.raises(ValueError, match=r"x\.h5 is corrupt: .*conv_in"):
         load_legacy(model, path)
 
 

@@ -172,7 +172,8 @@ def test_shapes_of_the_noise(model):
     context, start = model.encode_text("a red apple"), noise(h, w, 4)
     options = {"num_steps": STEPS, "verbose": 0}
     two = model.generate_image(context, batch_size=2, diffusion_noise=start, **options)
-    np.testing.assert_array_equal(two[0], two[1])
+    # How threads share out a batch depends on the processor, so sums may differ in the last bit.
+    np.testing.assert_allclose(two[0].astype(int), two[1], atol=1)
     for given in (
         np.stack([start, start]),
         start.astype("float64"),

@@ -72,6 +72,7 @@ LOOKS = (  # a shape that only one kind of file has, and which
 )
 OTHER_FORMATS = (".keras", ".weights.json")  # of Keras 3, which are not HDF5
 MAX_DIFFERENCES = 10
+MAX_LISTED = 100_000  # names of layers or tensors; Stable Diffusion has a few hundred
 
 
 class KerasCVFiles(Reader):
@@ -242,11 +243,18 @@ def load_h5(model, path, load, **kwargs):
 
 
 def _compare_shapes(model, path):
-    """Raises a ValueError unless a .weights.h5 has as many tensors of each shape as the model."""
-    shapes = []
+    """Raises a ValueError unless a .weights.h5 has as many tensors of each shape as the model.
+
+    An optimizer's, which Keras saves with those of a compiled model, don't count.
+    """
+    found = {}
     with _opened(path) as file:
-        file.visititems(lambda _, item: shapes.append(getattr(item, "shape", None)))
-    shapes = [shape for shape in shapes if shape is not None]
+        file.visititems(lambda name, item: found.update({name: getattr(item, "shape", None)}))
+    shapes = [
+        shape
+        for name, shape in found.items()
+        if shape is not None and not name.startswith("optimizer/")
+    ]
     ours = [tuple(variable.shape) for variable in model.weights]
     missing, unused = Counter(ours) - Counter(shapes), Counter(shapes) - Counter(ours)
     if missing or unused:
@@ -324,7 +332,8 @@ def _opened(path):
         try:
             yield file
         except (OSError, RuntimeError, LookupError, TypeError, UnicodeError) as error:
-            raise ValueError(f"{path} is corrupt: {error}.") from error
+            why = str(error.args[0] if error.args else error).rstrip(".")
+            raise ValueError(f"{path} is corrupt: {why}.") from error
 
 
 def _open(path):
@@ -359,13 +368,14 @@ def _root(file):
 
 def _read_names(group, attribute):
     """Reads a list of names, which Keras 2 cut into numbered chunks where it is over 64 kB."""
-    if attribute in group.attrs:
-        names = list(group.attrs[attribute])
-    else:
-        names = []
-        while (chunk := f"{attribute}{len(names)}") in group.attrs:
-            names.append(group.attrs[chunk])
-        names = [name for chunk in names for name in chunk]
+    names, chunks = [], [attribute]
+    if attribute not in group.attrs:
+        chunks = [f"{attribute}{n}" for n in range(len(group.attrs))]
+        chunks = [chunk for chunk in chunks if chunk in group.attrs]
+    for chunk in chunks:
+        if (count := prod(group.attrs.get_id(chunk).shape)) > MAX_LISTED:
+            raise LookupError(f"{chunk} has {count:,} names")  # before there is memory for them
+        names += list(group.attrs[chunk])
     return [name.decode() if isinstance(name, bytes) else name for name in names]
 
 
