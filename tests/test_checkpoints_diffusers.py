@@ -398,6 +398,41 @@ def test_added_token_out_of_order(folder):
         DiffusersFolder(folder).tokenizer()
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_tokenizer_in_one_file(folder, tokenizer, joined):
+    """As transformers 5 writes it; before, pairs were joined by a space."""
+    parts = folder / "tokenizer"
+    pairs = (parts / "merges.txt").read_text().splitlines()[1:]
+    vocab = json.loads((parts / "vocab.json").read_text())
+    added = {"<|endoftext|>": vocab["<|endoftext|>"], "<new>": len(vocab)}
+    model = {"vocab": vocab, "merges": pairs if joined else [pair.split() for pair in pairs]}
+    data = {"model": model, "added_tokens": [{"content": t, "id": n} for t, n in added.items()]}
+    for name in ("merges.txt", "vocab.json", "special_tokens_map.json"):
+        (parts / name).unlink()
+    (parts / "tokenizer.json").write_text(json.dumps(data))
+    edit(folder / "text_encoder" / "config.json", vocab_size=len(vocab) + 1)
+    found = DiffusersFolder(folder).tokenizer()
+    assert found.vocab == [*tokenizer.vocab, "<new>"]
+    end = tokenizer.end_of_text
+    assert found.encode("a cat <new>") == [*tokenizer.encode("a cat")[:-1], len(vocab), end]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"model": 1}, {"model": {"vocab": {}, "merges": [["a"]]}, "added_tokens": []}],
+)
+def test_damaged_tokenizer_in_one_file(folder, data):
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer of CLIP's kind"):
+        DiffusersFolder(folder)
+
+
+def test_ids_that_are_no_numbers(folder):
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<new>": [1]}')
+    with pytest.raises(ValueError, match="added_tokens.json must have an int for each token"):
+        DiffusersFolder(folder).tokenizer()
+
+
 def test_more_tokens_than_embeddings(folder):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ValueError, match="49408 tokens, its text encoder an embedding for 600"):

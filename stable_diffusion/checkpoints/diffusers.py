@@ -25,6 +25,7 @@ from stable_diffusion.checkpoints.building import PARTS, Reader
 from stable_diffusion.checkpoints.config import Config
 from stable_diffusion.checkpoints.diffusers_config import (
     CONFIGS,
+    FAST,
     FOLDERS,
     MERGES,
     TOKENIZER_FILES,
@@ -213,7 +214,7 @@ class HubFolder(DiffusersFolder):
 
     def __init__(self, repository):
         self.repository = repository
-        names = {*CONFIGS, *TOKENIZER_FILES, MERGES} & {*repository.files}
+        names = {*CONFIGS, *TOKENIZER_FILES, MERGES, FAST} & {*repository.files}
         if not names:
             raise ValueError(
                 f"{repository} is not in diffusers' layout: it has none of {', '.join(CONFIGS)}."

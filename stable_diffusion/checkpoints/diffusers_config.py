@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.checkpoints.embedding import expand_tokens
 from stable_diffusion.checkpoints.files import find
 from stable_diffusion.clip_tokenizer import END, START, SimpleTokenizer
 from stable_diffusion.noise_scheduler import NoiseScheduler
@@ -37,6 +38,7 @@ TOKENIZER_FILES = (
     "tokenizer/tokenizer_config.json",
 )
 MERGES = "tokenizer/merges.txt"
+FAST = "tokenizer/tokenizer.json"  # all of a tokenizer in one, what transformers 5 writes
 
 # --- diffusers' key, then our field -------------------------------------------------------------
 
@@ -172,7 +174,23 @@ def read_files(folder) -> dict:
             files[MERGES] = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no text file: {error}") from error
+    if path := find(folder, FAST):
+        files |= _unpack(path, read_json(path))
     return files
+
+
+def _unpack(path, data):
+    """Returns the files that a tokenizer.json takes the place of."""
+    try:
+        model = data["model"]
+        vocab, pairs = model["vocab"], model["merges"]
+        pairs = [pair if isinstance(pair, str) else "{} {}".format(*pair) for pair in pairs]
+        added = {token["content"]: token["id"] for token in data["added_tokens"]}
+        added = {token: n for token, n in added.items() if token not in vocab}
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{path} is no tokenizer of CLIP's kind: {error!r}") from error
+    vocab_file, added_file = TOKENIZER_FILES[:2]
+    return {MERGES: _merges_text(pairs), vocab_file: vocab, added_file: added}
 
 
 def read_json(path):
@@ -277,6 +295,10 @@ def read_tokenizer(where, files, config) -> SimpleTokenizer:
                 tokenizer = SimpleTokenizer(merges)
             except ValueError as error:
                 raise ValueError(f"{where / MERGES} is not a list of BPE pairs.") from error
+    for name in TOKENIZER_FILES[:2]:
+        ids = files.get(name, {})
+        if not isinstance(ids, dict) or not all(type(n) is int for n in ids.values()):
+            raise ValueError(f"{where / name} must have an int for each token.")
     vocab, added = (files.get(name, {}) for name in TOKENIZER_FILES[:2])
     if vocab and (strange := sorted(set(tokenizer.encoder.items()) ^ set(vocab.items()))):
         raise ValueError(
@@ -294,6 +316,7 @@ def read_tokenizer(where, files, config) -> SimpleTokenizer:
             f"The tokenizer of {where} has {len(tokenizer.vocab)} tokens, its text encoder an "
             f"embedding for {config.vocab_size}."
         )
+    expand_tokens(tokenizer)
     return tokenizer
 
 
@@ -485,5 +508,8 @@ def _merges(tokenizer):
     """Returns the pairs that the tokenizer joins, in the order in which they were learned."""
     vocab, joined = tokenizer.vocab, tokenizer._joined
     pairs = sorted(joined, key=joined.get)  # each is two characters, whose codes are ids
-    lines = [f"{vocab[ord(a)]} {vocab[ord(b)]}" for a, b in pairs]
-    return "\n".join(["#version: 0.2", *lines, ""])
+    return _merges_text(f"{vocab[ord(a)]} {vocab[ord(b)]}" for a, b in pairs)
+
+
+def _merges_text(pairs):
+    return "\n".join(["#version: 0.2", *pairs, ""])

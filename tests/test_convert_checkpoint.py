@@ -1,0 +1,100 @@
+"""The converter, on a tiny checkpoint: what each format holds when it has gone through."""
+
+import convert_checkpoint
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from safetensors.numpy import load_file
+from test_checkpoints_diffusers import check_equal
+
+from stable_diffusion import StableDiffusion
+from stable_diffusion.checkpoints import FORMATS, open_checkpoint
+from stable_diffusion.checkpoints.presets import TINY
+
+PARTS = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder in diffusers' layout, the pipeline that wrote it, and its parts."""
+    model = StableDiffusion(weights=None, config=TINY, jit_compile=False)
+    path = tmp_path_factory.mktemp("source") / "tiny"
+    model.save(path, dtype="float32")
+    return path, model, {part: getattr(model, part) for part in PARTS}
+
+
+def run(*argv):
+    return convert_checkpoint.main([str(argument) for argument in argv])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_to_each_format(format, source, tmp_path, capsys):
+    """Without a dtype nothing is rounded, and the config and the tokenizer come along."""
+    start, model, parts = source
+    path = tmp_path / ("x.safetensors" if format == "original" else "x")
+    assert run(start, path, "--format", format) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    found = StableDiffusion(weights=path, jit_compile=False)
+    assert found.config == model.config
+    assert found.tokenizer.vocab == model.tokenizer.vocab
+    for part in PARTS:
+        check_equal(getattr(found, part), parts[part])
+
+
+def test_format_follows_from_the_target(source, tmp_path):
+    assert run(source[0], tmp_path / "x.safetensors", "--dtype", "float16") == 0
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert {tensor.dtype.name for tensor in tensors.values()} == {"float16"}
+    assert run(tmp_path / "x.safetensors", tmp_path / "x", "--dtype", "float16") == 0
+    assert (tmp_path / "x" / "model_index.json").is_file()
+
+
+def test_dtype_of_keras_files(source, tmp_path):
+    policy = keras.config.dtype_policy()
+    assert run(source[0], tmp_path / "x", "--format", "kerascv", "--dtype", "float16") == 0
+    assert keras.config.dtype_policy() == policy
+    found = StableDiffusion(weights=tmp_path / "x", jit_compile=False).decoder
+    for ours, theirs in zip(found.weights, source[2]["decoder"].weights, strict=True):
+        expected = ops.convert_to_numpy(theirs).astype("float16").astype("float32")
+        np.testing.assert_array_equal(ops.convert_to_numpy(ours), expected)
+
+
+def test_prediction_type(source, tmp_path):
+    assert run(source[0], tmp_path / "x", "--prediction-type", "epsilon") == 0
+    assert open_checkpoint(tmp_path / "x").config.schedule.prediction_type == "epsilon"
+
+
+def test_lora(source, tmp_path):
+    from safetensors.numpy import save_file
+
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    names = [weight.path for weight in source[2]["diffusion_model"].weights]
+    place = names.index("mid_attn_0/attn1/to_q/kernel")
+    kernel = ops.convert_to_numpy(source[2]["diffusion_model"].weights[place])
+    rng = np.random.default_rng(0)
+    down = rng.standard_normal((1, len(kernel)), "float32")
+    up = rng.standard_normal((len(kernel), 1), "float32")
+    path = tmp_path / "a:b.safetensors"
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
+    assert run(source[0], tmp_path / "x", "--dtype", "float32", "--lora", f"{path}:0.5") == 0
+    found = StableDiffusion(weights=tmp_path / "x", jit_compile=False).diffusion_model
+    changed = ops.convert_to_numpy(found.weights[place])
+    np.testing.assert_allclose(changed, kernel + 0.5 * (up @ down).T, rtol=1e-6, atol=1e-6)
+    assert convert_checkpoint.parse_lora(str(path)) == (str(path), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "weights must be None, a preset"),
+        (["emoji", "--ema"], "ema is for files in the original layout"),
+        (["emoji", "--lora", "absent.safetensors"], "absent.safetensors"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys):
+    start, *options = arguments
+    assert run(start, tmp_path / "x", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
