@@ -1,6 +1,7 @@
 """Downloads, from a server on the loopback that speaks what `hf_hub_download` asks of the hub."""
 
 import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -52,7 +53,10 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD
 
     def answer(self):
-        repo, _, file = self.path.strip("/").partition("/resolve/main/")
+        if self.path.startswith("/api/models/"):
+            return self.list_files()
+        repo, _, file = self.path.strip("/").partition("/resolve/")
+        _, _, file = file.partition("/")  # the revision
         self.server.requests.append((self.command, file, self.headers))
         content = self.server.files.get((repo, file))
         if content is None:
@@ -75,6 +79,20 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.cuts -= 1
                 end, self.close_connection = end // 2, True
             self.wfile.write(content[start:end])
+
+    def list_files(self):
+        """What `HfApi.model_info` asks for: of a revision, "v2", or of the main branch."""
+        repo, _, revision = self.path.removeprefix("/api/models/").partition("/revision/")
+        names = [name for owner, name in self.server.files if owner == repo]
+        known = names and revision in ("", "v2")
+        answer = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+        answer = json.dumps(answer if known else {"error": "not found"}).encode()
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Length", str(len(answer)))
+        if not known:
+            self.send_header("X-Error-Code", "RevisionNotFound" if names else "RepoNotFound")
+        self.end_headers()
+        self.wfile.write(answer)
 
     def log_message(self, *args):
         pass
@@ -244,3 +262,91 @@ def test_pipeline_downloads_each_part_when_it_is_built(server, monkeypatch, tmp_
     assert {file for _, file, _ in server.requests} == {FILE} and len(server.gets()) == 1
     with pytest.raises(ValueError, match="kcv_encoder.h5 of .* can't be downloaded"):
         _ = pipeline.text_encoder
+
+
+# Repositories
+
+
+REPO = "owner/tiny"
+
+
+@pytest.fixture
+def repository(server, tmp_path):
+    """A repository in diffusers' layout, with files that nobody needs; returns its pipeline."""
+    pipeline = StableDiffusion(weights=None, config=TINY, jit_compile=False)
+    pipeline.save(tmp_path / "made", dtype="float32")
+    for path in (tmp_path / "made").rglob("*"):
+        if path.is_file():
+            name = path.relative_to(tmp_path / "made").as_posix()
+            server.files[REPO, name] = path.read_bytes()
+    for name in ("README.md", "unet/diffusion_pytorch_model.bin", "safety_checker/config.json"):
+        server.files[REPO, name] = b"not needed"
+    return pipeline
+
+
+def asked(server):
+    """Names of the files that were downloaded since the last time."""
+    names = {file for method, file, _ in server.requests if method == "GET"}
+    server.requests.clear()
+    return names
+
+
+@pytest.mark.parametrize("address", [f"hf://{REPO}", f"hf://{REPO}@v2"])
+def test_only_what_is_needed_is_downloaded(address, server, repository):
+    model = StableDiffusion(weights=address, jit_compile=False)
+    assert all(name.endswith((".json", ".txt")) for name in asked(server))
+    expected = repository.decoder.get_weights()
+    for ours, theirs in zip(model.decoder.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert asked(server) == {"vae/diffusion_pytorch_model.safetensors"}
+    _ = model.image_encoder  # in the same file
+    assert asked(server) == set()
+    _ = model.diffusion_model
+    assert asked(server) == {"unet/diffusion_pytorch_model.safetensors"}
+    assert model.tokenizer.vocab == repository.tokenizer.vocab
+
+
+def test_without_network_from_the_cache(server, repository):
+    _ = StableDiffusion(weights=f"hf://{REPO}", jit_compile=False).decoder
+    server.files.clear()  # as if it were gone
+    model = StableDiffusion(weights=f"hf://{REPO}", jit_compile=False)
+    assert len(model.decoder.get_weights()) == len(repository.decoder.weights)
+    with pytest.raises(ValueError, match="no diffusion_pytorch_model.safetensors"):
+        _ = model.diffusion_model
+
+
+def test_one_file_of_a_repository(server, repository, tmp_path):
+    repository.save(tmp_path / "x.safetensors", "original", "float32")
+    server.files[REPO, "x.safetensors"] = (tmp_path / "x.safetensors").read_bytes()
+    model = StableDiffusion(weights=f"hf://{REPO}/x.safetensors", jit_compile=False)
+    assert asked(server) == {"x.safetensors"}
+    assert model.config.unet == TINY.unet
+    with pytest.raises(ValueError, match=r"hf://owner/tiny has no y.safetensors. It has \d+ files"):
+        StableDiffusion(weights=f"hf://{REPO}/y.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://owner", "An address on the hub is hf://owner/name"),
+        ("hf://owner/tiny/../x", "An address on the hub is hf://owner/name"),
+        ("hf://owner/other", "hf://owner/other can't be downloaded from"),
+        (f"hf://{REPO}@v3", "hf://owner/tiny@v3 can't be downloaded from"),
+    ],
+)
+def test_addresses_of_nothing(address, message, server, repository):
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion(weights=address)
+
+
+def test_repository_of_something_else(server):
+    server.files[REPO, "README.md"] = b"words"
+    with pytest.raises(ValueError, match="is not in diffusers' layout: it has none of"):
+        StableDiffusion(weights=f"hf://{REPO}")
+
+
+def test_a_repository_that_changes_meanwhile(server, repository):
+    found, _ = hub.find(f"hf://{REPO}")
+    found.commit = "f" * 40  # as listed before a new one came
+    with pytest.raises(ValueError, match="hf://owner/tiny has changed while it was read"):
+        found.fetch("vae/config.json")

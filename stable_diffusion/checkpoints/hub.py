@@ -135,8 +135,11 @@ class Repository:
         if name not in self.files:
             some = ", ".join(sorted(self.files)[:10])
             raise ValueError(f"{self} has no {name}. It has {len(self.files)} files: {some} ...")
-        path = Path(_fetch(self.name, name, self.commit))
-        self.folder = path.parents[len(Path(name).parts) - 1]
+        path = Path(_fetch(self.name, name, self.revision, self.commit))
+        folder = path.parents[len(Path(name).parts) - 1]
+        if folder.name != self.commit:
+            raise ValueError(f"{self} has changed while it was read. Load it again.")
+        self.folder = folder
         return path
 
 
@@ -160,9 +163,14 @@ def _failed(what, hub, error):
     )
 
 
-def _fetch(repo, filename, revision=None):
+def _fetch(repo, filename, revision=None, commit=None):
+    """Returns a file's path: in the cache as of a commit, or downloaded as of a revision.
+
+    Downloading by the revision's name lets the cache remember which commit it was, for when there
+    is no network.
+    """
     hub, errors = _library(filename)
-    path = hub.try_to_load_from_cache(repo, filename, revision=revision)
+    path = hub.try_to_load_from_cache(repo, filename, revision=commit or revision)
     if isinstance(path, str):
         return path
     try:
