@@ -23,6 +23,7 @@ from stable_diffusion import (
     StableDiffusion,
     TextEncoder,
 )
+from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.checkpoints.diffusers import DiffusersFolder, save_diffusers
 from stable_diffusion.checkpoints.presets import TINY, TINY_V2, original
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
@@ -79,7 +80,8 @@ def tokenizer(tmp_path_factory):
 
 def random_models(config):
     rng = np.random.default_rng(0)
-    models = {part: make(config) for part, make in MAKE.items()}
+    with uninitialized():
+        models = {part: make(config) for part, make in MAKE.items()}
     for model in models.values():
         for variable in model.weights:
             variable.assign(rng.normal(size=variable.shape).astype("float32"))
@@ -202,7 +204,7 @@ def shard(path, name="model-2.safetensors"):
     names = sorted(tensors)
     files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for file, part in files.items():
-        save_file({n: tensors[n] for n in part}, path.with_name(file))
+        save_file({n: tensors[n] for n in part}, path.with_name(file), {"format": "pt"})
     path.unlink()
     where = {n: file for file, part in files.items() for n in part}
     where = {n: name if file == "model-2.safetensors" else file for n, file in where.items()}

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from keras import ops
 from safetensors.numpy import load_file
-from test_checkpoints_diffusers import check_equal
+from test_checkpoints_diffusers import check_equal, random_models
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint
+from stable_diffusion.checkpoints.diffusers import save_diffusers
 from stable_diffusion.checkpoints.presets import TINY
 
 PARTS = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
@@ -18,10 +19,10 @@ PARTS = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A folder in diffusers' layout, the pipeline that wrote it, and its parts."""
-    model = StableDiffusion(weights=None, config=TINY, jit_compile=False)
     path = tmp_path_factory.mktemp("source") / "tiny"
-    model.save(path, dtype="float32")
-    return path, model, {part: getattr(model, part) for part in PARTS}
+    models = random_models(TINY)
+    save_diffusers(path, TINY, models, dtype="float32")
+    return path, StableDiffusion(weights=path, jit_compile=False), models
 
 
 def run(*argv):

@@ -75,7 +75,8 @@ class SafetensorsFiles:
                 header, start = _header(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is no intact safetensors file: {error}") from error
-            self.metadata = self.metadata or header.pop("__metadata__", {})
+            metadata = header.pop("__metadata__", {})
+            self.metadata = self.metadata or metadata
             for name, entry in header.items():
                 self.shapes[name] = tuple(entry["shape"])
                 if entry["dtype"] not in FLOATS:
