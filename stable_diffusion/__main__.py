@@ -30,14 +30,16 @@ height), weights and version.
 
 Weights: "emoji" is part of the package, a small model that draws fruits and faces of animals on
 coloured backgrounds. "sd1.4" and "sd2.1-base" are downloaded on first use, some gigabytes; their
-licence is CreativeML Open RAIL-M. Anything else is the path of a folder, in diffusers' layout or of
-KerasCV's .h5 files.
+licence is CreativeML Open RAIL-M. Anything else is a path: of a folder in diffusers' layout or of
+KerasCV's .h5 files, or of a .safetensors or .ckpt file in the original layout; or hf://owner/name,
+on the Hugging Face Hub.
 
 examples:
   stable-diffusion "a red apple on a blue background"
   stable-diffusion "a red apple on a blue background" --seed 3 --batch 4
   stable-diffusion "a cat face on green" "a dog face on green" --out pets.png
   stable-diffusion "an astronaut riding a horse" --weights sd1.4 --negative blurry --jit
+  stable-diffusion "an astronaut riding a horse" --weights model.safetensors
 
 exit status: 0 done, 1 failed, 2 arguments that can't be used, 130 interrupted
 """
