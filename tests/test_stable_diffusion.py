@@ -383,6 +383,7 @@ def test_inputs_as_list_tuple_and_dict(model):
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.filterwarnings("ignore:The structure of `inputs`:UserWarning")  # a list of one
 def test_image_encoder(model):
     pictures = np.tanh(noise(2, 32, 48, 3))
     encoder = model.image_encoder
