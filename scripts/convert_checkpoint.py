@@ -67,7 +67,7 @@ def convert(args):
     format = args.format or ("original" if args.target.suffix == ".safetensors" else "diffusers")
     if args.dtype and format in ("keras", "kerascv"):
         keras.config.set_dtype_policy(args.dtype)  # they are written as the models hold them
-    checkpoint = open_checkpoint(args.source, None, "SD1", args.prediction_type, args.ema)
+    checkpoint = open_checkpoint(args.source, prediction_type=args.prediction_type, ema=args.ema)
     model = StableDiffusion(jit_compile=False, weights=checkpoint)
     for path, scale in map(parse_lora, args.lora):
         model.load_lora(path, scale)

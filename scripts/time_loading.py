@@ -70,8 +70,8 @@ def run(loader, folder, policy, parts):
     before, start = peak(), time.perf_counter()
     parameters = load(folder, policy, parts)
     loaded = time.perf_counter() - start
-    bits = 4 if policy == "float32" else 2
-    size = bits * sum(math.prod(parameter.shape) for parameter in parameters)
+    item = 4 if policy == "float32" else 2  # bytes of a parameter
+    size = item * sum(math.prod(parameter.shape) for parameter in parameters)
     for parameter in parameters:  # as the first use would
         float(parameter[(0,) * len(parameter.shape)])
         if loader != "ours":

@@ -270,15 +270,22 @@ def test_pipeline_downloads_each_part_when_it_is_built(server, monkeypatch, tmp_
 REPO = "owner/tiny"
 
 
-@pytest.fixture
-def repository(server, tmp_path):
-    """A repository in diffusers' layout, with files that nobody needs; returns its pipeline."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pipeline, and the folder in diffusers' layout that it wrote."""
     pipeline = StableDiffusion(weights=None, config=TINY, jit_compile=False)
-    pipeline.save(tmp_path / "made", dtype="float32")
-    for path in (tmp_path / "made").rglob("*"):
+    folder = tmp_path_factory.mktemp("made") / "tiny"
+    pipeline.save(folder, dtype="float32")
+    return pipeline, folder
+
+
+@pytest.fixture
+def repository(server, made):
+    """Publishes the folder as a repository, with files that nobody needs; returns its pipeline."""
+    pipeline, folder = made
+    for path in folder.rglob("*"):
         if path.is_file():
-            name = path.relative_to(tmp_path / "made").as_posix()
-            server.files[REPO, name] = path.read_bytes()
+            server.files[REPO, path.relative_to(folder).as_posix()] = path.read_bytes()
     for name in ("README.md", "unet/diffusion_pytorch_model.bin", "safety_checker/config.json"):
         server.files[REPO, name] = b"not needed"
     return pipeline

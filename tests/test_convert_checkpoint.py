@@ -5,15 +5,14 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_checkpoints_diffusers import check_equal, random_models
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint
+from stable_diffusion.checkpoints.building import PARTS
 from stable_diffusion.checkpoints.diffusers import save_diffusers
 from stable_diffusion.checkpoints.presets import TINY
-
-PARTS = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +66,6 @@ def test_prediction_type(source, tmp_path):
 
 
 def test_lora(source, tmp_path):
-    from safetensors.numpy import save_file
-
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     names = [weight.path for weight in source[2]["diffusion_model"].weights]
     place = names.index("mid_attn_0/attn1/to_q/kernel")

@@ -295,11 +295,7 @@ def read_tokenizer(where, files, config) -> SimpleTokenizer:
                 tokenizer = SimpleTokenizer(merges)
             except ValueError as error:
                 raise ValueError(f"{where / MERGES} is not a list of BPE pairs.") from error
-    for name in TOKENIZER_FILES[:2]:
-        ids = files.get(name, {})
-        if not isinstance(ids, dict) or not all(type(n) is int for n in ids.values()):
-            raise ValueError(f"{where / name} must have an int for each token.")
-    vocab, added = (files.get(name, {}) for name in TOKENIZER_FILES[:2])
+    vocab, added = (_ids(where / name, files.get(name, {})) for name in TOKENIZER_FILES[:2])
     if vocab and (strange := sorted(set(tokenizer.encoder.items()) ^ set(vocab.items()))):
         raise ValueError(
             f"{where / TOKENIZER_FILES[0]} doesn't follow from {where / MERGES}: {len(strange)} "
@@ -318,6 +314,13 @@ def read_tokenizer(where, files, config) -> SimpleTokenizer:
         )
     expand_tokens(tokenizer)
     return tokenizer
+
+
+def _ids(path, data):
+    """Returns a dict from token to id, if that is what it is."""
+    if not isinstance(data, dict) or not all(type(n) is int for n in data.values()):
+        raise ValueError(f"{path} must have an int for each token.")
+    return data
 
 
 def _read_text(path, data, where, files):

@@ -247,14 +247,15 @@ def _compare_shapes(model, path):
 
     An optimizer's, which Keras saves with those of a compiled model, don't count.
     """
-    found = {}
-    with _opened(path) as file:
-        file.visititems(lambda name, item: found.update({name: getattr(item, "shape", None)}))
-    shapes = [
-        shape
-        for name, shape in found.items()
-        if shape is not None and not name.startswith("optimizer/")
-    ]
+    shapes = []
+
+    def note(name, item):
+        shape = getattr(item, "shape", None)  # a group has none
+        if shape is not None and not name.startswith("optimizer/"):
+            shapes.append(shape)
+
+    with _open(path) as file, _readable(path):
+        file.visititems(note)
     ours = [tuple(variable.shape) for variable in model.weights]
     missing, unused = Counter(ours) - Counter(shapes), Counter(shapes) - Counter(ours)
     if missing or unused:
@@ -283,7 +284,7 @@ def is_legacy(path) -> bool:
     """
     if str(path).endswith(OTHER_FORMATS):
         return False
-    with _opened(path) as file:
+    with _open(path) as file, _readable(path):
         return _root(file) is not None
 
 
@@ -304,9 +305,10 @@ def load_legacy(model, path):
             and what differs.
     """
     ours = [(layer.name, layer.weights) for layer in model.layers if layer.weights]
-    with _opened(path) as file:
-        theirs = _read_layers(file, path)
-        _compare(model, ours, path, theirs)
+    with _open(path) as file:
+        with _readable(path):
+            theirs = _read_layers(file, path)
+            _compare(model, ours, path, theirs)
         pairs = [
             (variable, *tensor)
             for (_, variables), (_, tensors) in zip(ours, theirs, strict=True)
@@ -326,17 +328,17 @@ def load_legacy(model, path):
 
 
 @contextmanager
-def _opened(path):
-    """Opens an HDF5 file; whatever is wrong with it becomes a ValueError that names it."""
-    with _open(path) as file:
-        try:
-            yield file
-        except (OSError, RuntimeError, LookupError, TypeError, UnicodeError) as error:
-            why = str(error.args[0] if error.args else error).rstrip(".")
-            raise ValueError(f"{path} is corrupt: {why}.") from error
+def _readable(path):
+    """Turns what h5py raises about an open file into a ValueError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, TypeError, UnicodeError) as error:
+        why = str(error.args[0] if error.args else error).rstrip(".")
+        raise ValueError(f"{path} is corrupt: {why}.") from error
 
 
 def _open(path):
+    """Opens an HDF5 file; a ValueError names one that is missing, truncated or something else."""
     path = Path(path)
     if not path.is_file():
         wrong = "is a folder" if path.is_dir() else "does not exist"

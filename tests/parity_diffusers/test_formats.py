@@ -22,6 +22,7 @@ REASON = "needs pip install torch diffusers transformers accelerate"
 torch = pytest.importorskip("torch", reason=REASON)
 diffusers = pytest.importorskip("diffusers", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
+from make_diffusers_golden import randomize  # noqa: E402  needs the above
 
 pytestmark = [
     pytest.mark.large,
@@ -66,20 +67,6 @@ FAMILIES = {
         "scheduler": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     },
 }
-
-
-def randomize(model, generator):
-    """Gives every parameter, norms and biases too, a random value that float16 holds."""
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if "embedding.weight" in name:
-            value = 0.5 * noise
-        elif p.ndim > 1:
-            value = noise * p[0].numel() ** -0.5
-        else:
-            value = 0.2 * noise + ("norm" in name and name.endswith("weight"))
-        p.data = value.half().float()
-    return model.eval()
 
 
 def make(family):
