@@ -301,6 +301,28 @@ def load(path):
             raise ValueError(f"{path}: not a data set of emoji ({error})") from error
 
 
+def read_subjects(folder, names, pictures):
+    """Chooses the subjects of a checkpoint, in the order of its subjects.txt.
+
+    Args:
+        folder: the checkpoint's, see scripts/train_emoji.py.
+        names, pictures: the data set, see `load`.
+
+    Returns:
+        Names and pictures of the chosen ones.
+
+    Raises:
+        ValueError: the checkpoint doesn't say, or the data set hasn't all of them.
+    """
+    path = Path(folder) / "subjects.txt"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}, which tells what the checkpoint draws")
+    subjects = path.read_text("utf-8").splitlines()
+    if missing := sorted(set(subjects) - set(names)):
+        raise ValueError(f"{path}: the data set hasn't these subjects: {', '.join(missing)}")
+    return subjects, pictures[[names.index(subject) for subject in subjects]]
+
+
 def thumbnails(pictures):
     """Shrinks pictures to `THUMBNAIL` pixels a side, by averaging.
 

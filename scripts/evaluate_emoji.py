@@ -107,21 +107,6 @@ def score(drawn, pairs, references):
 # --- What is measured. ---------------------------------------------------------------------------
 
 
-def read_subjects(folder, names, pictures):
-    """Returns names and pictures of the checkpoint's subjects, in the order of its subjects.txt.
-
-    Raises:
-        ValueError: the checkpoint doesn't say, or the data set hasn't all of them.
-    """
-    path = Path(folder) / "subjects.txt"
-    if not path.is_file():
-        raise ValueError(f"there is no {path}, which tells what the checkpoint draws")
-    subjects = path.read_text("utf-8").splitlines()
-    if missing := sorted(set(subjects) - set(names)):
-        raise ValueError(f"{path}: the data set hasn't these subjects: {', '.join(missing)}")
-    return subjects, pictures[[names.index(subject) for subject in subjects]]
-
-
 def choose_pairs(subjects, count, seed=0):
     """Chooses pairs that weren't trained on, at random, each once.
 
@@ -277,7 +262,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     args = parser.parse_args(argv)
     try:
-        subjects, pictures = read_subjects(args.weights, *emoji.load(args.data))
+        subjects, pictures = emoji.read_subjects(args.weights, *emoji.load(args.data))
         pairs = choose_pairs(subjects, args.pairs)
         if not pairs:
             raise ValueError(f"no pair of these {len(subjects)} subjects is held out")

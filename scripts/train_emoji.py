@@ -4,13 +4,18 @@
     python scripts/train_emoji.py emoji.npz --work runs/emoji --out weights/emoji
 
 First the VAE learns to compress pictures. Its latents of all training pictures are written to a
-file. Then the text encoder and the UNet learn together to remove noise from these latents. Each
-stage is plain Keras: a model, `compile` and `fit`.
+file. The text encoder learns what captions look like, alone. Then it and the UNet learn together to
+remove noise from the latents. Each stage is plain Keras: a model, `compile` and `fit`.
 
 Everything happens in `--work`: after each epoch a checkpoint, a line in log.csv and a picture of
 what the model does. A run that was stopped goes on from the last epoch when the same command is
 given again. `--out` gets the result, a diffusers folder, with two lists beside model_index.json:
-subjects.txt (what it draws) and words.txt (what it was told).
+subjects.txt (what it draws) and words.txt (what it was told). Training goes on from such a folder,
+with a new optimizer, by
+
+    python scripts/train_emoji.py emoji.npz --init weights/emoji --work runs/more --out new
+
+Each step is compiled: by XLA with KERAS_BACKEND=tensorflow, the default, which suits a CPU best.
 
 In comments on shapes, N is the number of latents, and h, w are their cells.
 """
@@ -18,6 +23,7 @@ In comments on shapes, N is the number of latents, and h, w are their cells.
 import argparse
 import gzip
 import importlib.util
+import math
 import re
 import sys
 from dataclasses import replace
@@ -50,37 +56,42 @@ CONFIG = original(
     Config(
         text=TextConfig(width=128, depth=3, heads=4, hidden=512),
         unet=UNetConfig(
-            widths=(64, 128, 192),
-            heads=(2, 4, 6),
+            widths=(48, 96, 192),
+            heads=(2, 3, 6),
             attention=(False, True, True),
             context_width=128,
             res_blocks=1,
+            groups=16,
         ),
-        vae=VAEConfig(widths=(16, 32, 64, 128), res_blocks=1, groups=8, scaling_factor=1.0),
+        vae=VAEConfig(widths=(16, 32, 64, 96), res_blocks=1, groups=8, scaling_factor=1.0),
         size=SIZE,
     )
 )
 
 # The VAE.
+CELL = 8  # pixels of a latent cell
 CROP = SIZE // 2  # it learns from crops, which cost a quarter of a picture
-VAE_BATCH, VAE_RATE, VAE_WARMUP = 16, 2e-3, 200  # the rate's peak, and the steps up to it
-KL_WEIGHT = 1e-4
+VAE_BATCH, VAE_RATE, VAE_WARMUP = 8, 7e-4, 200  # the rate's peak, and the steps up to it
+KL_WEIGHT = 2e-3
+VAE_EPOCHS = 16
 
 # What the text encoder and the UNet see.
 SUBJECTS = 520  # those that are easiest to tell apart
-VARIANTS = 3  # of each subject on each background, in slightly different places and sizes
+VARIANTS = 2  # of each subject on each background, in slightly different places and sizes
 PLACES = [("small", None), ("large", None), *((None, side) for side in emoji.SIDES)]
+PLACED = 1  # how many of these each subject has on each background
 PLAIN = 0.75  # share of pictures without a word of size or side
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
 
 # How they learn. With the linear schedule almost nothing is left of the picture at the last
 # timestep, so sampling may start there, from pure noise: "trailing" does.
 SCHEDULE = NoiseScheduler(clip_sample=False, prediction_type="v_prediction", spacing="trailing")
-BATCH, RATE, WARMUP = 32, 8e-4, 500
+TEXT_BATCH, TEXT_RATE, TEXT_WARMUP = 64, 2e-3, 100
+BATCH, RATE, WARMUP = 16, 8e-4, 500
 EMA = 0.999
 
 FLOOR = 0.01  # what is left of a learning rate at the end
-SAMPLE_STEPS = 20  # and how many held-out pairs the VAE shows:
+SAMPLE_STEPS = 10  # and how many held-out pairs the VAE shows:
 SAMPLE_PAIRS = 16
 PROMPTS = [  # of the pictures after each epoch
     "a red apple on a blue background",
@@ -191,17 +202,24 @@ class Batches(keras.utils.PyDataset):
 
 
 class Crops(Batches):
-    """Pictures for the VAE, each of which it has to reproduce."""
+    """Crops of pictures for the VAE, each of which it has to reproduce.
+
+    Half of the pictures are as the VAE is measured, the others as the UNet will see them. Crops
+    begin where a latent cell does, so that a cell sees a picture as it will in the whole one.
+    """
 
     def __init__(self, names, pictures, steps):
         super().__init__(VAE_BATCH, steps)
-        self.names, self.pictures = names, pictures
+        self.names, self.pictures, self.scenes = names, pictures, list_scenes(names)
 
     def draw(self, rng):
         batch = []
-        for _ in range(self.batch_size):
-            picture, _ = emoji.sample(rng, self.names, self.pictures)
-            y, x = rng.integers(0, SIZE - CROP + 1, 2)
+        for row in range(self.batch_size):
+            if row % 2:
+                picture, _ = emoji.sample(rng, self.names, self.pictures)
+            else:
+                picture = draw_scene(self.pictures, *self.scenes[rng.integers(len(self.scenes))])
+            y, x = CELL * rng.integers(0, (SIZE - CROP) // CELL + 1, 2)
             batch.append(picture[y : y + CROP, x : x + CROP])
         batch = to_float(np.stack(batch))
         return batch, batch
@@ -233,22 +251,40 @@ class Autoencoder(keras.Model):
 
 
 def reconstruction_loss(y_true, y_pred):
-    """Mean absolute plus four times mean squared error: sharp edges and right colours."""
+    """Mean absolute plus ten times mean squared error: sharp edges and right colours."""
     error = y_true - y_pred
-    return ops.mean(ops.abs(error) + 4.0 * ops.square(error), axis=(1, 2, 3))
+    return ops.mean(ops.abs(error) + 10.0 * ops.square(error), axis=(1, 2, 3))
 
 
-def train_vae(names, pictures, folder, epochs, steps):
-    """Trains encoder and decoder; returns the checkpoint with them, a diffusers folder."""
+def train_vae(names, pictures, folder, epochs, steps, begun=None, freeze=False):
+    """Trains encoder and decoder, or the decoder alone.
+
+    Args:
+        names, pictures: the data set.
+        folder: of the checkpoint, the log and the samples.
+        epochs: how many in all.
+        steps: batches an epoch.
+        begun: a diffusers folder whose VAE to start from, or None.
+        freeze: whether the encoder stays as it is, because a UNet knows its latents.
+
+    Returns:
+        The folder of the result, in diffusers' layout.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
-    encoder = ImageEncoder(download_weights=False, config=CONFIG.vae)
-    decoder = Decoder(SIZE, SIZE, download_weights=False, config=CONFIG.vae)
-    of_crops = Decoder(CROP, CROP, download_weights=False, config=CONFIG.vae)
+    if begun:
+        encoder, decoder, config = load_vae(begun)
+    else:
+        config = CONFIG.vae
+        encoder = ImageEncoder(download_weights=False, config=config)
+        decoder = Decoder(SIZE, SIZE, download_weights=False, config=config)
+    of_crops = Decoder(CROP, CROP, download_weights=False, config=config)
+    of_crops.set_weights(decoder.get_weights())
     model = Autoencoder(encoder, of_crops)
+    model.encoder.trainable = not freeze
     model(np.zeros((1, CROP, CROP, 3), "float32"))  # builds it, so that variables can be loaded
     rate = rate_schedule(VAE_RATE, VAE_WARMUP, epochs * steps)
-    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=reconstruction_loss)
+    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), reconstruction_loss, jit_compile=True)
     rng = np.random.default_rng(0)
     shown = [emoji.sample(rng, names, pictures, "held_out")[0] for _ in range(SAMPLE_PAIRS)]
     shown = to_float(np.stack(shown))
@@ -267,7 +303,7 @@ def train_vae(names, pictures, folder, epochs, steps):
     fit(model, Crops(names, pictures, steps), epochs, folder, [show])
     decoder.set_weights(of_crops.get_weights())
     parts = {"image_encoder": encoder, "decoder": decoder}
-    save_diffusers(folder / "checkpoint", CONFIG, parts, dtype="float32")
+    save_diffusers(folder / "checkpoint", replace(CONFIG, vae=config), parts, dtype="float32")
     return folder / "checkpoint"
 
 
@@ -285,9 +321,11 @@ def load_vae(folder):
             f"{folder}: the VAE must have {unet.in_channels} channels at 1/{unet.latent_scale} of "
             f"the size, not {config.latent_channels} at 1/{scale}"
         )
+    if config.scaling_factor != 1:  # as the UNet of that folder had it
+        checkpoint.config = replace(checkpoint.config, vae=replace(config, scaling_factor=1.0))
     encoder = checkpoint.build("image_encoder", ImageEncoder)
     decoder = checkpoint.build("decoder", partial(Decoder, SIZE, SIZE))
-    return encoder, decoder, config
+    return encoder, decoder, checkpoint.config.vae
 
 
 # --- The latents of the training pictures. -------------------------------------------------------
@@ -295,15 +333,16 @@ def load_vae(folder):
 
 def list_scenes(names):
     """Lists the training pictures: `(subject's index, colour, size, side, variant)`."""
-    kinds = [(None, None, variant) for variant in range(VARIANTS)]
-    kinds += [(size, side, 0) for size, side in PLACES]
-    return [
-        (index, colour, *kind)
-        for index, name in enumerate(names)
-        for colour in emoji.COLOURS
-        if not emoji.held_out(name, colour)
-        for kind in kinds
-    ]
+    scenes = []
+    for index, name in enumerate(names):
+        for number, colour in enumerate(emoji.COLOURS):
+            if emoji.held_out(name, colour):
+                continue
+            scenes += [(index, colour, None, None, variant) for variant in range(VARIANTS)]
+            first = index + number  # so that each colour has all places, of different subjects
+            places = [PLACES[(first + n) % len(PLACES)] for n in range(PLACED)]
+            scenes += [(index, colour, size, side, 0) for size, side in places]
+    return scenes
 
 
 def draw_scene(pictures, index, colour, size, side, variant):
@@ -337,6 +376,7 @@ def encode_scenes(scenes, pictures, encoder, cache, batch_size=64):
         ValueError: the file is of other pictures or another VAE.
     """
     encoder = moments(encoder)
+    encoder.compile(jit_compile=True)
     channels = encoder.outputs[0].shape[-1] // 2
 
     def encode(some):
@@ -397,21 +437,22 @@ def write_vocabulary(words, path):
     return SimpleTokenizer(path)
 
 
-class NoisyLatents(Batches):
-    """Noisy latents with their captions, and the v that the UNet is to predict.
+class CaptionedLatents(Batches):
+    """Captions, and the latents of what they say.
 
     Args:
-        latents: float `(N, h, w, 4)`.
-        factor: what brings them to unit variance.
-        scenes: what they show, see `list_scenes`.
+        latents: float `(N, h, w, 4)`, as the VAE gives them.
+        config: the `Config` of the model to train.
+        scenes: what the latents show, see `list_scenes`.
         names: of the subjects.
         tokenizer: the `SimpleTokenizer`.
+        batch_size: captions a batch.
         steps: batches an epoch.
     """
 
-    def __init__(self, latents, factor, scenes, names, tokenizer, steps):
-        super().__init__(BATCH, steps)
-        self.latents, self.factor = latents, factor
+    def __init__(self, latents, config, scenes, names, tokenizer, batch_size, steps):
+        super().__init__(batch_size, steps)
+        self.latents, self.config = latents, config
         self.scenes, self.names, self.tokenizer = scenes, names, tokenizer
         plain = np.array([size is side is None for _, _, size, side, _ in scenes])
         self.weight = np.where(plain, PLAIN / plain.sum(), (1 - PLAIN) / (~plain).sum())
@@ -425,17 +466,51 @@ class NoisyLatents(Batches):
 
     def draw(self, rng):
         chosen = rng.choice(len(self.scenes), self.batch_size, p=self.weight)
-        timesteps = rng.integers(0, len(SCHEDULE), self.batch_size)
-        alpha = SCHEDULE.alphas_cumprod[timesteps][:, None, None, None].astype("float32")
-        x0 = self.latents[chosen].astype("float32") * self.factor
-        noise = rng.standard_normal(x0.shape, dtype="float32")
         inputs = {
-            "latent": alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise,
-            "timestep_embedding": timestep_embedding(timesteps, CONFIG.unet.widths[0]),
             "tokens": np.array([self.tokens(rng, *self.scenes[i]) for i in chosen], "int32"),
             "positions": np.tile(np.arange(LENGTH, dtype="int32"), (self.batch_size, 1)),
         }
+        return inputs, self.latents[chosen].astype("float32") * self.config.vae.scaling_factor
+
+
+class NoisyLatents(CaptionedLatents):
+    """Noisy latents with their captions, and the v that the UNet is to predict."""
+
+    def draw(self, rng):
+        inputs, x0 = super().draw(rng)
+        schedule, width = self.config.schedule, self.config.unet.widths[0]
+        timesteps = rng.integers(0, len(schedule), self.batch_size)
+        alpha = schedule.alphas_cumprod[timesteps][:, None, None, None].astype("float32")
+        noise = rng.standard_normal(x0.shape, dtype="float32")
+        inputs["latent"] = alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
+        inputs["timestep_embedding"] = timestep_embedding(timesteps, width)
         return inputs, alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
+
+
+def train_text(data, text_encoder, folder, epochs):
+    """Teaches the text encoder to tell what a caption looks like, before the UNet listens to it.
+
+    A linear layer, dropped afterwards, predicts the latent from the mean of the context after the
+    caption's end. This costs a tenth of a UNet's step and has no noise in it, and what the UNet
+    would otherwise have to wait for is in the context from its first step on. (Stable Diffusion's
+    text encoder has learned from pictures before its UNet, too, as a part of CLIP.)
+
+    Args:
+        data: `CaptionedLatents`.
+        text_encoder: the `TextEncoder`.
+        folder: of the checkpoint and the log.
+        epochs: how many in all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens, positions = text_encoder.inputs
+    ended = ops.cast(ops.equal(tokens, data.tokenizer.end_of_text), "float32")[..., None]
+    mean = ops.sum(ended * text_encoder.output, axis=1) / ops.sum(ended, axis=1)  # (B, D)
+    shape = data.latents.shape[1:]
+    latent = keras.layers.Reshape(shape)(keras.layers.Dense(math.prod(shape))(mean))
+    model = keras.Model({"tokens": tokens, "positions": positions}, latent)
+    rate = rate_schedule(TEXT_RATE, TEXT_WARMUP, epochs * len(data))
+    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), "mse", jit_compile=True)
+    fit(model, data, epochs, folder, [])
 
 
 def train_diffusion(data, pipeline, folder, epochs):
@@ -454,7 +529,7 @@ def train_diffusion(data, pipeline, folder, epochs):
         use_ema=True,
         ema_momentum=EMA,
     )
-    model.compile(optimizer, loss="mse")
+    model.compile(optimizer, "mse", jit_compile=True)
 
     def sample(epoch, logs):
         prompts, seeds = PROMPTS * 2, np.repeat([0, 1], len(PROMPTS))
@@ -470,33 +545,47 @@ def train_diffusion(data, pipeline, folder, epochs):
 
 def train(args):
     """Trains what is not trained yet, and writes the checkpoint."""
-    names, pictures = emoji.load(args.data)
-    vae = args.vae
-    if vae is None:
-        vae = train_vae(names, pictures, args.work / "vae", args.vae_epochs, args.steps)
-    encoder, decoder, vae_config = load_vae(vae)
-
-    names, pictures = emoji.distinct(names, pictures, SUBJECTS)
-    scenes, words = list_scenes(names), list_words(names)
+    names, pictures = everything = emoji.load(args.data)
+    how_long = args.work / "vae", args.vae_epochs, args.steps
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.init:
+        names, pictures = emoji.read_subjects(args.init, names, pictures)
+        pipeline = StableDiffusion(jit_compile=False, weights=args.init)
+        encoder = pipeline.image_encoder
+        if args.vae_epochs:
+            vae = train_vae(*everything, *how_long, begun=args.init, freeze=True)
+            pipeline.decoder.set_weights(load_vae(vae)[1].get_weights())
+    else:
+        vae = args.vae
+        if args.vae_epochs:
+            vae = train_vae(*everything, *how_long, begun=args.vae)
+        encoder, decoder, vae_config = load_vae(vae)
+        names, pictures = emoji.distinct(names, pictures, SUBJECTS)
+    scenes, words = list_scenes(names), list_words(names)
     latents = encode_scenes(scenes, pictures, encoder, args.work / "latents.npy")
-    factor = float(1 / latents[::7].std(dtype="float64"))  # a sample of them is enough
-    tokenizer = write_vocabulary(words, args.work / "merges.txt")
+    if not args.init:
+        tokenizer = write_vocabulary(words, args.work / "merges.txt")
+        factor = float(1 / latents[::7].std(dtype="float64"))  # a sample of them is enough
+        config = replace(
+            CONFIG,
+            text=replace(CONFIG.text, vocab_size=len(tokenizer.vocab)),
+            vae=replace(vae_config, scaling_factor=factor),
+            schedule=SCHEDULE,
+        )
+        keras.utils.set_random_seed(0)
+        pipeline = StableDiffusion(jit_compile=False, weights=None, config=config)
+        pipeline._tokenizer = tokenizer
+        pipeline.decoder.set_weights(decoder.get_weights())
+        pipeline.image_encoder.set_weights(encoder.get_weights())
+    config, tokenizer = pipeline.config, pipeline.tokenizer
     print(f"{len(names)} subjects, {len(words)} words of {len(tokenizer.vocab)} pieces, ", end="")
-    print(f"{len(latents)} latents times {factor:.4f}", flush=True)
+    print(f"{len(latents)} latents times {config.vae.scaling_factor:.4f}", flush=True)
 
-    config = replace(
-        CONFIG,
-        text=replace(CONFIG.text, vocab_size=len(tokenizer.vocab)),
-        vae=replace(vae_config, scaling_factor=factor),
-        schedule=SCHEDULE,
-    )
-    keras.utils.set_random_seed(0)
-    pipeline = StableDiffusion(jit_compile=False, weights=None, config=config)
-    pipeline._tokenizer = tokenizer
-    pipeline.decoder.set_weights(decoder.get_weights())
-    pipeline.image_encoder.set_weights(encoder.get_weights())
-    data = NoisyLatents(latents, factor, scenes, names, tokenizer, args.steps)
+    what = latents, config, scenes, names, tokenizer
+    if not args.init:
+        data = CaptionedLatents(*what, TEXT_BATCH, args.steps)
+        train_text(data, pipeline.text_encoder, args.work / "text", args.text_epochs)
+    data = NoisyLatents(*what, BATCH, args.steps)
     train_diffusion(data, pipeline, args.work / "diffusion", args.epochs)
     if args.out:
         parts = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
@@ -513,13 +602,25 @@ def main(argv=None):
     parser.add_argument("data", type=Path, help="what scripts/emoji_data.py wrote")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
-    parser.add_argument("--vae", type=Path, help="diffusers folder: take its VAE, train none")
-    parser.add_argument("--vae-epochs", type=int, default=20)
+    parser.add_argument("--init", type=Path, help="go on from all parts of this --out of before")
+    parser.add_argument("--vae", type=Path, help="diffusers folder: start from its VAE")
+    parser.add_argument(
+        "--vae-epochs",
+        type=int,
+        help=f"default: {VAE_EPOCHS}; 0 takes the one of --vae; with --init default 0, else only "
+        "the decoder learns, because the UNet knows the encoder's latents",
+    )
+    parser.add_argument("--text-epochs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=200, help="steps an epoch")
+    parser.add_argument("--steps", type=int, default=500, help="steps an epoch")
     args = parser.parse_args(argv)
-    if min(args.vae_epochs, args.epochs, args.steps) < 1:
+    if args.vae_epochs is None:
+        args.vae_epochs = 0 if args.init else VAE_EPOCHS
+    has_vae = bool(args.vae or args.init)
+    if min(args.vae_epochs or has_vae, args.text_epochs, args.epochs, args.steps) < 1:
         parser.error("epochs and steps must be at least 1")
+    if args.init and args.vae:
+        parser.error("--init comes with a VAE of its own")
     try:
         train(args)
     except (OSError, ValueError) as error:

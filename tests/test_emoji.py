@@ -9,12 +9,12 @@ import hashlib
 import importlib.util
 import re
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from stable_diffusion import Decoder, ImageEncoder, SimpleTokenizer, StableDiffusion
 from stable_diffusion.__main__ import get_unseen
@@ -98,12 +98,15 @@ def train(monkeypatch):
         ),
         vae=replace(script.CONFIG.vae, widths=(8, 8, 8, 8)),
     )
-    changes = {"CONFIG": config, "VAE_BATCH": 2, "BATCH": 4, "WARMUP": 2, "VAE_WARMUP": 2}
-    for name, value in (
-        changes | {"EMA": 0.5, "PROMPTS": ["a frog"], "SAMPLE_STEPS": 1, "SAMPLE_PAIRS": 2}
-    ).items():
+    sizes = {"VAE_BATCH": 2, "TEXT_BATCH": 4, "BATCH": 4, "WARMUP": 2, "VAE_WARMUP": 2}
+    samples = {"PROMPTS": ["a frog"], "SAMPLE_STEPS": 1, "SAMPLE_PAIRS": 2}
+    for name, value in {"CONFIG": config, "EMA": 0.5, **sizes, **samples}.items():
         monkeypatch.setattr(script, name, value)
-    eager = partialmethod(keras.Model.compile, run_eagerly=True)
+    compiled = keras.Model.compile
+
+    def eager(self, *args, jit_compile=False, **options):
+        compiled(self, *args, run_eagerly=True, jit_compile=False, **options)
+
     monkeypatch.setattr(keras.Model, "compile", eager)
     return script
 
@@ -161,6 +164,7 @@ def test_training_goes_on_where_it_was_killed(train, pictures, monkeypatch, tmp_
     def run(name):
         work, vae = tmp_path / name, str(tmp_path / "vae")
         command = [str(tmp_path / "data.npz"), "--vae", vae, "--epochs", "2", "--steps", "2"]
+        command += ["--vae-epochs", "0", "--text-epochs", "1"]
         assert train.main([*command, "--work", str(work), "--out", str(work / "out")]) == 0
         model = StableDiffusion(jit_compile=False, weights=work / "out")
         return model.diffusion_model.get_weights()
@@ -177,7 +181,8 @@ def test_training_goes_on_where_it_was_killed(train, pictures, monkeypatch, tmp_
     assert "diffusion: 1 of 2 epochs done" in capsys.readouterr().out
     np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole" / "diffusion"), rtol=1e-4)
     for one, other in zip(trained, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-4)
+        np.testing.assert_allclose(one, other, atol=1e-3)  # float16 has steps of this size near 1
+    assert len(losses(tmp_path / "killed" / "text")) == 1
 
     assert (out / "subjects.txt").read_text().splitlines() == NAMES[:1]
     captions = train.emoji.captions("red apple", "blue", "small", "left")
@@ -186,6 +191,20 @@ def test_training_goes_on_where_it_was_killed(train, pictures, monkeypatch, tmp_
     files = {path.name for path in (tmp_path / "killed").rglob("*")}
     assert "epoch_002.png" in files
     assert not any(name.startswith("next.") or name.endswith(".tmp") for name in files)
+
+    monkeypatch.setattr(train, "RATE", 0.0)  # what it goes on from can be seen in the result
+    command = [str(tmp_path / "data.npz"), "--init", str(out), "--epochs", "1", "--steps", "1"]
+    more = tmp_path / "more"
+    assert train.main([*command, "--work", str(more), "--out", str(more / "out")]) == 0
+    assert not (more / "vae").exists() and not (more / "text").exists()
+    for file in [path.relative_to(out) for path in out.rglob("*") if path.is_file()]:
+        if file.suffix == ".safetensors":  # not bytes, because -0.0 may have become 0.0
+            before, after = (load_file(folder / file) for folder in (out, more / "out"))
+            assert before.keys() == after.keys()
+            for key, tensor in before.items():
+                np.testing.assert_array_equal(tensor, after[key])
+        else:
+            assert (more / "out" / file).read_bytes() == (out / file).read_bytes()
 
 
 @pytest.mark.large
@@ -205,6 +224,27 @@ def test_the_vae_goes_on_where_it_was_killed(train, pictures, monkeypatch, tmp_p
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     encoder, decoder, config = train.load_vae(folder)
     assert config == train.CONFIG.vae and decoder.output_shape == (None, 128, 128, 3)
+
+
+def test_the_decoder_learns_alone(train, pictures, tmp_path):
+    """Where a UNet knows the encoder's latents, and where the factor of a UNet is in the config."""
+    config = replace(train.CONFIG, vae=replace(train.CONFIG.vae, scaling_factor=0.5))
+    parts = {
+        "image_encoder": ImageEncoder(download_weights=False, config=config.vae),
+        "decoder": Decoder(128, 128, download_weights=False, config=config.vae),
+    }
+    train.save_diffusers(tmp_path / "begun", config, parts, dtype="float32")
+    work = tmp_path / "vae"
+    folder = train.train_vae(NAMES, pictures, work, 1, 2, begun=tmp_path / "begun", freeze=True)
+    encoder, decoder, config = train.load_vae(folder)
+    assert config == train.CONFIG.vae
+    for one, other in zip(encoder.get_weights(), parts["image_encoder"].get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    changes = [
+        np.abs(one - other).max()
+        for one, other in zip(decoder.get_weights(), parts["decoder"].get_weights(), strict=True)
+    ]
+    assert 0 < max(changes) < 0.01  # two steps from where it was, at the beginning of the warm-up
 
 
 def test_what_fit_goes_on_from_are_not_the_averages(train, tmp_path):
@@ -273,9 +313,13 @@ def test_scenes(train, pictures):
     everything = {(name, colour) for name in NAMES for colour in train.emoji.COLOURS}
     assert pairs == {pair for pair in everything if not train.emoji.held_out(*pair)} < everything
     of_one = [scene for scene in scenes if scene[:2] == (0, "blue")]
-    assert len(of_one) == len(set(of_one)) == 3 + 6
+    assert len(of_one) == len(set(of_one)) == 2 + 1
     drawn = np.stack([train.draw_scene(pictures, *scene) for scene in of_one])
-    assert len(np.unique(drawn.reshape(9, -1), axis=0)) == 9
+    assert len(np.unique(drawn.reshape(3, -1), axis=0)) == 3
+    for place in train.PLACES:  # each on several colours, and of each subject
+        some = [scene for scene in scenes if scene[2:4] == place]
+        assert len({colour for _, colour, *_ in some}) > 3
+        assert {index for index, *_ in some} == {0, 1, 2}
     np.testing.assert_array_equal(drawn[0], train.draw_scene(pictures, *of_one[0]))
 
 
@@ -297,7 +341,13 @@ def test_noisy_latents(train):
     scenes = train.list_scenes(NAMES)
     latents = np.arange(len(scenes), dtype="float16")[:, None, None, None] * np.ones((1, 2, 2, 4))
     tokenizer = SimpleTokenizer()
-    data = train.NoisyLatents(latents.astype("float16"), 0.5, scenes, NAMES, tokenizer, 100)
+    config = replace(
+        train.CONFIG,
+        vae=replace(train.CONFIG.vae, scaling_factor=0.5),
+        schedule=train.SCHEDULE,
+    )
+    latents = latents.astype("float16")
+    data = train.NoisyLatents(latents, config, scenes, NAMES, tokenizer, 4, 100)
     texts, shown = [], []
     for index in range(60):
         inputs, v = data[index]
@@ -317,6 +367,9 @@ def test_noisy_latents(train):
         if text:
             assert NAMES[index].split("'")[0] in text and colour in text
             assert (size or "") in text and (side or "") in text
+    captioned, x0 = train.CaptionedLatents(latents, config, scenes, NAMES, tokenizer, 4, 100)[59]
+    np.testing.assert_array_equal(captioned["tokens"], inputs["tokens"])
+    assert [scenes[round(float(value))] for value in x0[:, 0, 0, 0] / 0.5] == shown[-4:]
     again, _ = data[3]
     np.testing.assert_array_equal(again["latent"], data[3][0]["latent"])
     data.on_epoch_begin()
@@ -330,9 +383,11 @@ def test_the_script_rejects(train, tmp_path, pictures, capsys):
     train.emoji.save(tmp_path / "data.npz", NAMES, pictures)
     (tmp_path / "text").write_text("no pictures")
     assert run(tmp_path / "missing") == run(tmp_path / "text") == 2
-    assert run(tmp_path / "data.npz", "--vae", str(tmp_path)) == 2
+    assert run(tmp_path / "data.npz", "--vae", str(tmp_path), "--vae-epochs", "0") == 2
+    assert run(tmp_path / "data.npz", "--init", str(tmp_path)) == 2
     messages = capsys.readouterr().err.splitlines()
-    assert len(messages) == 3 and all(line.startswith("train_emoji: ") for line in messages)
-    with pytest.raises(SystemExit) as error:
-        run(tmp_path / "data.npz", "--steps", "0")
-    assert error.value.code == 2
+    assert len(messages) == 4 and all(line.startswith("train_emoji: ") for line in messages)
+    for options in (["--steps", "0"], ["--vae-epochs", "0"], ["--vae", "a", "--init", "b"]):
+        with pytest.raises(SystemExit) as error:
+            run(tmp_path / "data.npz", *options)
+        assert error.value.code == 2

@@ -127,14 +127,14 @@ def test_pairs_are_held_out_ones():
 
 def test_read_subjects(tmp_path, pictures):
     with pytest.raises(ValueError, match=r"there is no .*subjects\.txt"):
-        evaluate.read_subjects(tmp_path, NAMES, pictures)
+        evaluate.emoji.read_subjects(tmp_path, NAMES, pictures)
     (tmp_path / "subjects.txt").write_text("rocket\noctopus\n")
-    names, chosen = evaluate.read_subjects(tmp_path, NAMES, pictures)
+    names, chosen = evaluate.emoji.read_subjects(tmp_path, NAMES, pictures)
     assert names == ["rocket", "octopus"]
     np.testing.assert_array_equal(chosen, pictures[[2, 0]])
     (tmp_path / "subjects.txt").write_text("rocket\nteapot\n")
     with pytest.raises(ValueError, match="hasn't these subjects: teapot"):
-        evaluate.read_subjects(tmp_path, NAMES, pictures)
+        evaluate.emoji.read_subjects(tmp_path, NAMES, pictures)
 
 
 # The whole of it
