@@ -11,7 +11,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "checkpoints": [],
+    **dict.fromkeys(["checkpoints", "samplers", "tiling", "training"], []),  # subpackages
     "clip_tokenizer": ["SimpleTokenizer"],
     "decoder": ["Decoder"],
     "diffusion_model": ["DiffusionModel", "DiffusionModelV2"],

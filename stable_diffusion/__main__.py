@@ -2,12 +2,15 @@
 
 import argparse
 import gc
+import json
+import math
 import os
 import re
 import secrets
 import sys
 import unicodedata
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from stable_diffusion import __version__
@@ -28,6 +31,12 @@ Each picture has a seed of its own: the first --seed, each next one 1 more. Its 
 takes to draw it again as text: prompt, negative, seed, steps, guidance, sampler, size (width x
 height), weights and version.
 
+A file of --prompts has one prompt a line. If its name ends in .jsonl, each line is a JSON object,
+as {"prompt": "a cat", "negative": "blurry", "seed": 3}, of which only the prompt is needed. Each
+picture goes to --out FOLDER under the number of its line and its name, as 00001-a-cat-3.png. Seeds
+start from 0 unless --seed is given. What the folder has already, drawn with the same options, isn't
+drawn again: a command that was interrupted goes on where it stopped.
+
 Weights: "emoji" is part of the package, a small model that draws fruits and faces of animals on
 coloured backgrounds. "sd1.4" and "sd2.1-base" are downloaded on first use, some gigabytes; their
 licence is CreativeML Open RAIL-M. Anything else is a path: of a folder in diffusers' layout or of
@@ -39,10 +48,13 @@ examples:
   stable-diffusion "a red apple on a blue background" --seed 3 --batch 4
   stable-diffusion "a cat face on green" "a dog face on green" --out pets.png
   stable-diffusion "an astronaut riding a horse" --weights sd1.4 --negative blurry --jit
-  stable-diffusion "an astronaut riding a horse" --weights model.safetensors
+  stable-diffusion "an astronaut" --weights model.safetensors --sampler dpmpp-2m --steps 20
+  stable-diffusion --prompts prompts.txt --batch 8 --out pictures/
 
 exit status: 0 done, 1 failed, 2 arguments that can't be used, 130 interrupted
 """
+SAMPLERS = ("ddim", "dpmpp-2m", "unipc")  # those of `samplers.SAMPLERS`, which takes Keras
+KEYS = {"prompt": str, "negative": str, "seed": int}  # of a line in JSON
 SEEDS = 2**32  # Keras takes a seed as an unsigned 32-bit integer
 SLUG_LENGTH = 80  # characters of a prompt in a file's name
 
@@ -52,16 +64,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Exits with status 2."""
-        sys.exit(complain(f"{message} (see {NAME} --help)", 2))
+        sys.exit(complain(f"{message} (see {self.prog} --help)", 2, self.prog))
 
 
-def complain(message, status):
+def complain(message, status, name=NAME):
     """Prints `message` as one line to standard error, and returns `status`."""
-    print(f"{NAME}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
     return status
 
 
-def number(kind, low, high):
+def number(kind, low, high=math.inf):
     """Returns a type of arguments: an int or a float from `low` to `high`."""
 
     def convert(text):
@@ -69,7 +81,8 @@ def number(kind, low, high):
             if low <= kind(text) <= high:
                 return kind(text)
         noun = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
+        limit = f"from {low}" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {limit}")
 
     return convert
 
@@ -87,14 +100,15 @@ def get_parser():
     """Returns the parser of the command line."""
     parser = Parser(
         prog=NAME,
-        usage=f'{NAME} "PROMPT" ["PROMPT" ...] [options]',
+        usage=f'{NAME} "PROMPT" ["PROMPT" ...] [options]\n       {NAME} --prompts FILE [options]',
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("prompts", metavar="PROMPT", nargs="+", type=text, help="what to draw, in quotes")
+    add("prompt", metavar="PROMPT", nargs="*", type=text, help="what to draw, in quotes")
+    add("--prompts", metavar="FILE", type=text, help="draw what a file lists; see below")
     add("--negative", metavar="TEXT", default="", type=text, help="what to steer away from")
     add("--weights", metavar="W", default="emoji", type=text, help="default: emoji; see below")
     add("--out", metavar="FILE", type=text, help="a .png file, or a folder; see below")
@@ -104,7 +118,7 @@ def get_parser():
         metavar="N",
         default=1,
         type=number(int, 1, 1024),
-        help="pictures of each prompt, drawn at once (default: 1)",
+        help="pictures of each prompt, drawn at once; of a file, how many at once (default: 1)",
     )
     add(
         "--steps",
@@ -123,7 +137,7 @@ def get_parser():
     size = number(int, 1, 65536)
     add("--height", metavar="H", type=size, help="in pixels (default: the weights' native size)")
     add("--width", metavar="W", type=size, help="in pixels (default: the weights' native size)")
-    add("--sampler", default="ddim", choices=["ddim"], help="default: ddim")
+    add("--sampler", default="ddim", choices=SAMPLERS, help="default: ddim")
     add("--jit", action="store_true", help="compile first: worth it for many or large pictures")
     add("--version", action="version", version=f"{NAME} {__version__}")
     return parser
@@ -135,17 +149,26 @@ def slug(prompt):
     return re.sub(r"[\W_]+", "-", letters)[:SLUG_LENGTH].strip("-") or "picture"
 
 
-def get_paths(out, prompts, seeds):
-    """Returns each picture's path, and makes the folders.
+@dataclass
+class Picture:
+    """What is to be drawn, and where it goes."""
 
-    Args:
-        out: the argument `--out`, or None.
-        prompts, seeds: each picture's.
+    prompt: str
+    negative: str
+    seed: int
+    path: Path
+
+
+def get_pictures(args):
+    """Returns the pictures that are asked for in the command line.
 
     Raises:
-        ValueError: `out` is no file that can be a PNG.
+        ValueError: `--out` is no file that can be a PNG.
     """
-    file = Path(out or ".")
+    prompts = [prompt for prompt in args.prompt for _ in range(args.batch)]
+    first = secrets.randbelow(SEEDS) if args.seed is None else args.seed
+    seeds = [(first + n) % SEEDS for n in range(len(prompts))]
+    out, file = args.out, Path(args.out or ".")
     if not out or out.endswith(("/", os.sep)) or file.is_dir():
         paths = [
             file / f"{slug(prompt)}-{seed}.png" for prompt, seed in zip(prompts, seeds, strict=True)
@@ -156,13 +179,60 @@ def get_paths(out, prompts, seeds):
         paths = [file]
     else:
         paths = [file.with_stem(f"{file.stem}-{n + 1}") for n in range(len(seeds))]
+    return [
+        Picture(prompt, args.negative, seed, path)
+        for prompt, seed, path in zip(prompts, seeds, paths, strict=True)
+    ]
+
+
+def read_pictures(args):
+    """Returns the pictures that are asked for in a file, see `EPILOG`.
+
+    Raises:
+        ValueError: a file that can't be read; the message names the line.
+    """
+    file, folder = Path(args.prompts), Path(args.out or ".")
+    if folder.suffix.lower() == ".png" or folder.is_file():
+        raise ValueError(f"argument --out: with --prompts it is a folder, not {args.out!r}")
     try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"argument --out: no folder {paths[0].parent}: {error.strerror}"
-        ) from error
-    return paths
+        lines = file.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not in UTF-8"
+        raise ValueError(f"argument --prompts: {file}: {reason}") from error
+    pictures = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = read_object(line) if file.suffix == ".jsonl" else {"prompt": line.strip()}
+        except (ValueError, RecursionError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"argument --prompts: {file}, line {number}: {error}") from error
+        seed = data.get("seed", ((args.seed or 0) + len(pictures)) % SEEDS)
+        path = folder / f"{number:05}-{slug(data['prompt'])}-{seed}.png"
+        negative = data.get("negative", args.negative)
+        pictures.append(Picture(data["prompt"], negative, seed, path))
+    if not pictures:
+        raise ValueError(f"argument --prompts: {file} has no prompts")
+    return pictures
+
+
+def read_object(line):
+    """Returns a line of JSON as a dict with some of `KEYS`, the prompt always.
+
+    Raises:
+        ValueError, RecursionError, argparse.ArgumentTypeError: it is something else.
+    """
+    data = json.loads(line)
+    if not isinstance(data, dict) or "prompt" not in data:
+        raise ValueError('it takes an object with a "prompt"')
+    for key, value in data.items():
+        if type(value) is not KEYS.get(key):
+            raise ValueError(f"it can't have {key!a}: {value!a}")
+        if isinstance(value, str):
+            text(value)
+    if not 0 <= data.get("seed", 0) < SEEDS:
+        raise ValueError(f"the seed must be from 0 to {SEEDS - 1}, not {data['seed']}")
+    return data
 
 
 def write(path, image, chunks):
@@ -236,53 +306,103 @@ def quiet():
         os.close(saved)
 
 
+def get_chunks(args, picture, height, width):
+    """Returns what is written into a picture's PNG as text: dict of str to str."""
+    chunks = {
+        "prompt": picture.prompt,
+        "negative": picture.negative,
+        "seed": picture.seed,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "sampler": args.sampler,
+        "size": f"{width}x{height}",
+        "weights": args.weights,
+        "version": __version__,
+    }
+    return {key: str(value) for key, value in chunks.items()}
+
+
+def is_drawn(path, chunks):
+    """Tells whether a file is a whole PNG with just these text chunks."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.text == chunks
+    except (OSError, SyntaxError, ValueError, AttributeError):  # none, or not one of ours
+        return False
+
+
+def check_prompts(model, pictures):
+    """Raises a ValueError if one of the prompts is too long, before the first is drawn."""
+    from stable_diffusion.stable_diffusion import MAX_PROMPT_LENGTH
+
+    for prompt in dict.fromkeys(p for picture in pictures for p in vars(picture).values()):
+        if isinstance(prompt, str) and len(model.tokenizer.encode(prompt)) > MAX_PROMPT_LENGTH:
+            model.encode_text(prompt)  # which says so
+
+
 def draw(args):
     """Draws and writes the pictures that the arguments ask for."""
-    prompts = [prompt for prompt in args.prompts for _ in range(args.batch)]
-    first = secrets.randbelow(SEEDS) if args.seed is None else args.seed
-    seeds = [(first + n) % SEEDS for n in range(len(prompts))]
-    paths = get_paths(args.out, prompts, seeds)
+    if bool(args.prompt) == bool(args.prompts):
+        raise ValueError("it takes either a PROMPT or --prompts FILE (see --help)")
+    pictures = read_pictures(args) if args.prompts else get_pictures(args)
+    folder = pictures[0].path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"argument --out: no folder {folder}: {error.strerror}") from error
 
     show(f"loading {args.weights} ...")
     with quiet():
-        from stable_diffusion import StableDiffusion
+        import numpy as np
+
+        from stable_diffusion import StableDiffusion, checkpoints
     model = StableDiffusion(args.height, args.width, args.jit, weights=args.weights)
-    contexts = [model.encode_text(prompt) for prompt in args.prompts]
-    model.encode_text(args.negative)  # fails at once if it is too long
-    if unseen := get_unseen(model.checkpoint, [*args.prompts, args.negative]):
+    chunks = {p.path: get_chunks(args, p, model.img_height, model.img_width) for p in pictures}
+    if args.prompts:
+        left = [p for p in pictures if not is_drawn(p.path, chunks[p.path])]
+        if len(left) < len(pictures):
+            show("")
+            complain(f"{len(pictures) - len(left)} of {len(pictures)} are drawn already", 0)
+        pictures = left
+    check_prompts(model, pictures)
+    texts = [text for picture in pictures for text in (picture.prompt, picture.negative)]
+    if unseen := get_unseen(model.checkpoint, texts):
         show("")
         complain(f"the weights never saw these words: {', '.join(unseen)}", 0)
-    for start in range(0, len(prompts), args.batch):
-        batch = slice(start, start + args.batch)
+    encoded = {}
+    if not args.prompts:  # they are few; with all encoded, the encoder's memory can be freed
+        encoded = {text: model.encode_text(text) for text in dict.fromkeys(texts)}
+        if model.checkpoint.loads:
+            checkpoints.release(model, "text_encoder")
+
+    def encode(texts):
+        texts = list(texts)
+        return np.concatenate([encoded[t] for t in texts]) if encoded else model.encode_text(texts)
+
+    for start in range(0, len(pictures), args.batch):
+        batch = pictures[start : start + args.batch]
 
         def progress(step, timestep, latent, done=start):
-            show(f"{done} of {len(prompts)} pictures drawn, step {step + 1} of {args.steps} ")
+            show(f"{done} of {len(pictures)} pictures drawn, step {step + 1} of {args.steps} ")
 
         images = model.generate_image(
-            contexts[start // args.batch],
-            args.negative,
-            args.batch,
+            encode(picture.prompt for picture in batch),
+            encode(picture.negative for picture in batch),
+            len(batch),
             args.steps,
             args.guidance,
-            seed=seeds[batch],
+            seed=[picture.seed for picture in batch],
             verbose=0,
             callback=progress,
+            sampler=args.sampler,
         )
         show("")
-        for path, seed, image in zip(paths[batch], seeds[batch], images, strict=True):
-            chunks = {
-                "prompt": prompts[start],
-                "negative": args.negative,
-                "seed": seed,
-                "steps": args.steps,
-                "guidance": args.guidance,
-                "sampler": args.sampler,
-                "size": f"{image.shape[1]}x{image.shape[0]}",
-                "weights": args.weights,
-                "version": __version__,
-            }
-            write(path, image, chunks)
-            print(path, flush=True)
+        for picture, image in zip(batch, images, strict=True):
+            write(picture.path, image, chunks[picture.path])
+            print(picture.path, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

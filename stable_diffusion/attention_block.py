@@ -8,6 +8,8 @@ from keras import KerasTensor, backend, layers, ops
 from stable_diffusion.padded_conv2d import PaddedConv2D
 from stable_diffusion.pretrained import Block
 
+MOST_SCORES = 2**24  # held at once for each picture, 64 MB in float32
+
 
 def attention(query, key, value, heads, causal=False):
     """Computes softmax(q kᵀ / √d) v in each of `heads` heads of width d = D / heads.
@@ -31,7 +33,19 @@ def attention(query, key, value, heads, causal=False):
     # kernels hold scores in float32 by themselves.
     half = backend.standardize_dtype(query.dtype) == "float16" and backend.backend() != "torch"
     q, k, v = (ops.cast(split(x), "float32" if half else x.dtype) for x in (query, key, value))
-    out = ops.cast(ops.dot_product_attention(q, k, v, is_causal=causal), query.dtype)
+
+    def attend(q):
+        if causal or k.shape[1] == 1 or backend.backend() != "tensorflow":
+            return ops.dot_product_attention(q, k, v, is_causal=causal)
+        # Keras' own is slower: it scales scores, not queries, and holds bfloat16's in float32.
+        weights = ops.softmax(ops.einsum("btnh,bsnh->bnts", q * q.shape[-1] ** -0.5, k))
+        return ops.einsum("bnts,bsnh->btnh", weights, v)
+
+    # Some queries at a time take less memory; PyTorch's kernels do so by themselves.
+    count, some = q.shape[1], max(1, MOST_SCORES // (heads * (k.shape[1] or 1)))
+    whole = causal or not count or count <= some or backend.backend() == "torch"
+    parts = [q] if whole else ops.split(q, list(range(some, count, some)), axis=1)
+    out = ops.cast(ops.concatenate([attend(x) for x in parts], axis=1), query.dtype)
     return ops.reshape(out, (-1, *ops.shape(query)[1:]))
 
 

@@ -110,8 +110,7 @@ def _unet(c, latent, time, context):
         width, heads = c.widths[level], c.heads[level]
         x = ResnetBlock(width, c.groups, conditioned=True, name=name)([x, time])
         if attend:
-            name = name.replace("res", "attn")
-            x = SpatialTransformer(width, heads, c, name=name)([x, context])
+            x = SpatialTransformer(width, heads, c, name=name.replace("res", "attn"))([x, context])
         return x
 
     time = layers.Dense(4 * c.widths[0], name="time_embedding_1")(time)

@@ -114,7 +114,7 @@ class NoiseScheduler:
         """Returns the DDIM steps in the order they are taken.
 
         Args:
-            num_steps: how many, from 1 to `train_timesteps`.
+            num_steps: how many, from 1 to `train_timesteps`; less by the offset of "leading".
 
         Returns:
             List of `(timestep, alpha, alpha_prev)`: an int and two floats.
@@ -123,14 +123,15 @@ class NoiseScheduler:
             ValueError: `num_steps` is something else.
         """
         n, total = num_steps, self.train_timesteps
-        if not isinstance(n, int | np.integer) or not 1 <= n <= total:
-            raise ValueError(f"num_steps must be an int from 1 to {total}, not {n!r}.")
+        most = total - self.steps_offset * (self.spacing == "leading")
+        if not isinstance(n, int | np.integer) or not 1 <= n <= most:
+            raise ValueError(f"num_steps must be an int from 1 to {most}, not {n!r}.")
         timesteps = {
             # Differs from KerasCV: a single step is the last timestep, because the first would
             # leave the noise as it is.
             "linspace": np.linspace(0, total - 1, n).round() if n > 1 else np.array([total - 1]),
             "leading": np.arange(n) * (total // n) + self.steps_offset,
-            "trailing": np.arange(total, 0, -total / n).round()[::-1] - 1,
+            "trailing": np.arange(total, 0, -total / n)[:n].round()[::-1] - 1,
         }[self.spacing].astype(int)
         alphas = self.alphas_cumprod[timesteps].tolist()
         final = float(self.alphas_cumprod[0] if self.final_alpha is None else self.final_alpha)

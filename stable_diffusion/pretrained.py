@@ -36,12 +36,11 @@ class Pretrained:
     part = preset = published = None
 
     def __init__(self, graph, name=None, download_weights=True, config=None):
-        checkpoints = sd.checkpoints
-        preset = getattr(getattr(checkpoints.config, self.preset), self.part)
-        path = checkpoints.hub.download(self.published) if download_weights else None
-        with checkpoints.building.uninitialized(download_weights):
-            super().__init__(*graph(config or preset), name=name)
-        self.config = config or preset
+        config = config or getattr(getattr(sd.checkpoints.config, self.preset), self.part)
+        path = sd.checkpoints.hub.download(self.published) if download_weights else None
+        with sd.checkpoints.building.uninitialized(download_weights):
+            super().__init__(*graph(config), name=name)
+        self.config = config
         if path:
             self.load_weights(path)
 

@@ -9,7 +9,7 @@ import stable_diffusion as sd  # its subpackages are imported when they are firs
 from stable_diffusion.decoder import Decoder
 from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
 from stable_diffusion.image_encoder import ImageEncoder
-from stable_diffusion.noise_scheduler import ddim_step, timestep_embedding
+from stable_diffusion.noise_scheduler import timestep_embedding
 from stable_diffusion.text_encoder import TextEncoder, TextEncoderV2
 
 MAX_PROMPT_LENGTH = 77  # tokens, CLIP's context length
@@ -57,12 +57,8 @@ class StableDiffusion:
     ):
         self.jit_compile = jit_compile
         self.checkpoint = sd.checkpoints.open_checkpoint(weights, config, self.TextEncoder.preset)
-        self.config = config = self.checkpoint.config
-        self.img_height, self.img_width = img_height or config.size, img_width or config.size
-        multiple = config.unet.latent_scale * 2 ** (len(config.unet.widths) - 1)
-        for size in (self.img_height, self.img_width):
-            if not isinstance(size, int) or size < multiple or size % multiple:
-                raise ValueError(f"Picture sizes are multiples of {multiple} pixels, not {size!r}.")
+        self.config = self.checkpoint.config
+        self.img_height, self.img_width = self.config.picture_size(img_height, img_width)
 
     def _part(self, name, make, *args):
         if getattr(self, f"_{name}") is None:
@@ -195,14 +191,15 @@ class StableDiffusion:
     def generate_image(
         self, encoded_text, negative_prompt=None, batch_size=1, num_steps=50,
         unconditional_guidance_scale=7.5, diffusion_noise=None, seed=None, verbose=1, callback=None,
+        sampler="ddim", guidance_interval=(0, 1000), deep_cache=1,
     ):  # fmt: skip
-        """Draws pictures of an encoded text with DDIM and classifier-free guidance.
+        """Draws pictures of an encoded text, step by step and with classifier-free guidance.
 
         Args:
             encoded_text: `(77, D)`, or `(batch_size, 77, D)`, see `encode_text`.
-            negative_prompt: what to steer away from: str, or a list of `batch_size`.
+            negative_prompt: what to steer away from: str, a list of `batch_size`, or encoded.
             batch_size: number of pictures.
-            num_steps: number of DDIM steps, 1 to 1000.
+            num_steps: number of steps, 1 to 1000, each a pass of the UNet.
             unconditional_guidance_scale: how far to follow the prompt. At 1 or less the model runs
                 without guidance, in half the time.
             diffusion_noise: noise to start from, `(h, w, 4)` or `(batch_size, h, w, 4)`; it
@@ -212,14 +209,16 @@ class StableDiffusion:
             verbose: 0 for no progress bar.
             callback: called after each step with `(step, timestep, latent)`: ints from 0 and from
                 the training schedule, float32 array `(batch_size, h, w, 4)`.
+            sampler: "ddim" (KerasCV's), "dpmpp-2m", "unipc", or a generator function as they are.
+            guidance_interval: first and last timestep with guidance, see `samplers.Guided`.
+            deep_cache: how many steps share the UNet's deep features, see `samplers.DeepCache`; 1
+                is exact.
 
         Returns:
             uint8 array `(batch_size, H, W, 3)`.
 
         Raises:
             ValueError: arguments that exclude each other, or a batch of another size.
-
-        Reference: Ho and Salimans 2022, https://arxiv.org/abs/2207.12598, equation 6.
         """
         if diffusion_noise is not None and seed is not None:
             raise ValueError("Pass diffusion_noise or seed, not both: the seed only draws noise.")
@@ -227,25 +226,20 @@ class StableDiffusion:
             diffusion_noise = self._get_initial_diffusion_noise(batch_size, seed)
         latent = _expand("diffusion_noise", diffusion_noise, 3, batch_size)
         context = _expand("encoded_text", encoded_text, 2, batch_size)
-        scale, schedule = unconditional_guidance_scale, self.config.schedule
-        guided = scale > 1
-        if guided:
-            negative = self.encode_text(negative_prompt or "")
-            context = np.concatenate([_expand("negative_prompt", negative, 2, batch_size), context])
+        scale, negative, width = unconditional_guidance_scale, None, self.config.unet.widths[0]
+        if scale > 1:
+            negative = "" if negative_prompt is None else negative_prompt
+            negative = negative if np.ndim(negative) > 1 else self.encode_text(negative)
+            negative = _expand("negative_prompt", negative, 2, batch_size)
+        unet = sd.samplers.DeepCache(self.diffusion_model, deep_cache)
+        predict = sd.samplers.Guided(unet, width, context, negative, scale, guidance_interval)
+        steps = sd.samplers.find(sampler)(predict, latent, self.config.schedule, num_steps)
         progress = utils.Progbar(num_steps, verbose=verbose)
-        for step, (timestep, alpha, alpha_prev) in enumerate(schedule.ddim_levels(num_steps)):
-            inputs = np.concatenate([latent, latent]) if guided else latent
-            time = timestep_embedding([timestep] * len(inputs), self.config.unet.widths[0])
-            output = self.diffusion_model.predict_on_batch([inputs, time, context])
-            output = np.asarray(output, "float32")
-            if guided:
-                unguided, output = np.split(output, 2)
-                output = unguided + scale * (output - unguided)
-            latent = ddim_step(output, latent, alpha, alpha_prev, schedule.prediction_type)
+        for step, (timestep, latent) in enumerate(steps):
             progress.update(step + 1)
             if callback:
                 callback(step, timestep, latent)
-        decoded = np.asarray(self.decoder.predict_on_batch(latent), "float32")
+        decoded = sd.tiling.decode(self.decoder, latent)
         return np.clip((decoded + 1) / 2 * 255, 0, 255).astype("uint8")
 
     def _get_timestep_embedding(self, timestep, batch_size, dim=320, max_period=10000):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from keras import backend, ops
 
+from stable_diffusion import attention_block
 from stable_diffusion.attention_block import attention
 
 B, T, S, D, HEADS = 2, 5, 7, 24, 3
@@ -41,6 +42,16 @@ def test_attention(dtype, causal):
     expected = reference(*rounded, HEADS, causal)
     error = np.abs(ops.convert_to_numpy(ops.cast(output, "float32")) - expected).max()
     assert error / np.abs(expected).max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("most", [1, 50, 63, 10**6])
+def test_some_queries_at_a_time(monkeypatch, most):
+    """The same numbers, of one query at a time, of 2 (not a divisor), of 3 and of all."""
+    monkeypatch.setattr(attention_block, "MOST_SCORES", most)
+    arrays = draw(B, T, D, seed=0), draw(B, S, D, seed=1), draw(B, S, D, seed=2)
+    output = attention(*(ops.convert_to_tensor(x.astype("float32")) for x in arrays), HEADS)
+    expected = reference(*arrays, HEADS, causal=False)
+    np.testing.assert_allclose(ops.convert_to_numpy(output), expected, atol=1e-5)
 
 
 def test_feature_maps_are_tokens_row_by_row():

@@ -1,6 +1,7 @@
 """The same parameters, noise and prompt give the same picture on every backend, within 2 levels.
 
 Each backend that is installed draws in a process of its own; the reference is the first of them.
+OpenVINO in the precision of its choice, bfloat16 where the processor has it, is compared by itself.
 """
 
 import os
@@ -54,6 +55,37 @@ np.savez(target, images=images, latents=np.asarray(latents))
 """
 
 
+DRAW_EMBEDDED = """
+import sys
+
+import numpy as np
+
+from stable_diffusion import StableDiffusion
+
+images = StableDiffusion(weights="emoji", jit_compile=False).text_to_image(
+    ["a red apple on a blue background", "a cat face on a green background"],
+    num_steps=10,
+    verbose=0,
+    diffusion_noise=np.random.default_rng(0).standard_normal((2, 16, 16, 4)),
+)
+np.savez(sys.argv[1], images=images)
+"""
+
+
+def run(backend, code, target):
+    """Runs a program on a backend; returns the arrays it writes."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(target)],
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    with np.load(target) as arrays:
+        return dict(arrays)
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Returns a function that draws with a backend, once."""
@@ -61,17 +93,7 @@ def drawn(tmp_path_factory):
 
     def draw(backend):
         if backend not in results:
-            target = folder / f"{backend}.npz"
-            result = subprocess.run(
-                [sys.executable, "-c", DRAW, str(target)],
-                env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert result.returncode == 0, result.stderr[-4000:]
-            with np.load(target) as arrays:
-                results[backend] = dict(arrays)
+            results[backend] = run(backend, DRAW, folder / f"{backend}.npz")
         return results[backend]
 
     return draw
@@ -88,3 +110,14 @@ def test_pictures_are_equal(backend, drawn):
     assert found["images"].std() > 1
     assert np.abs(found["images"].astype(int) - expected["images"]).max() <= LEVELS
     np.testing.assert_allclose(found["latents"], expected["latents"], atol=1e-2)
+
+
+def test_openvinos_own_precision(tmp_path):
+    if "openvino" not in INSTALLED or len(INSTALLED) == 1:
+        pytest.skip("openvino, or a backend to compare it with, is not installed")
+    images = [
+        run(backend, DRAW_EMBEDDED, tmp_path / f"{backend}.npz")["images"].astype("float64")
+        for backend in (INSTALLED[0], "openvino")
+    ]
+    error = np.mean((images[0] - images[1]) ** 2, axis=(1, 2, 3))
+    assert (10 * np.log10(255**2 / error) >= 40).all(), "PSNR in dB; 49 is seen"

@@ -1,5 +1,6 @@
 """The command `stable-diffusion`: what it writes, and how it fails."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 
 import stable_diffusion
 from stable_diffusion import __main__ as command
-from stable_diffusion import __version__
+from stable_diffusion import __version__, samplers
 from stable_diffusion.checkpoints import open_checkpoint
 from stable_diffusion.checkpoints.presets import TINY
 
@@ -161,6 +162,149 @@ def test_jit_is_passed_on(tiny, run):
     assert tiny == [(None, None, True, "emoji")]
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp-2m", "unipc"])
+def test_samplers(tiny, run, sampler):
+    run("a", *FAST)
+    assert run("a", "--sampler", sampler, "--out", "b.png", *FAST) == (0, ["b.png"], [])
+    with Image.open("a-7.png") as one, Image.open("b.png") as other:
+        assert other.text["sampler"] == sampler
+        assert (np.array(one) != np.array(other)).any()
+
+
+def test_all_samplers_are_offered():
+    assert command.SAMPLERS == tuple(samplers.SAMPLERS)
+
+
+def test_the_text_encoder_is_released(run, monkeypatch, tmp_path):
+    """Once all prompts are encoded; the embedded checkpoint, of which it can be loaded again."""
+    seen, draw = [], stable_diffusion.StableDiffusion.generate_image
+
+    def spy(self, *args, **options):
+        seen.append((self._text_encoder, self))
+        return draw(self, *args, **options)
+
+    monkeypatch.setattr(stable_diffusion.StableDiffusion, "generate_image", spy)
+    monkeypatch.chdir(tmp_path)
+    assert run("a cat", "--steps", "1", "--seed", "0")[0] == 0
+    assert seen[0][0] is None
+    assert seen[0][1].text_encoder is not None
+
+
+# Files of prompts
+
+
+def write_jsonl(path, *lines):
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.array(image).astype(int)
+
+
+def test_a_file_of_prompts(tiny, run):
+    Path("prompts.txt").write_text("a cat\n\n  a dög \r\n# a cat\n", "utf-8")
+    status, paths, err = run(
+        "--prompts", "prompts.txt", "--out", "x", "--steps", "2", "--batch", "2"
+    )
+    names = ["x/00001-a-cat-0.png", "x/00003-a-dög-1.png", "x/00004-a-cat-2.png"]
+    assert (status, paths, err) == (0, names, [])
+    with Image.open(names[1]) as image:
+        assert image.text["prompt"] == "a dög" and image.text["seed"] == "1"
+    run("a dög", "--steps", "2", "--seed", "1", "--out", "alone.png")
+    assert np.abs(pixels(names[1]) - pixels("alone.png")).max() <= 1
+
+
+def test_a_file_of_json(tiny, run):
+    write_jsonl(
+        "prompts.jsonl",
+        {"prompt": "a cat"},
+        {"prompt": "a cat", "seed": 5, "negative": "a dog"},
+        {"negative": "", "prompt": "a\ncat"},
+    )
+    given = ["--prompts", "prompts.jsonl", "--negative", "blurry", *FAST, "--batch", "3"]
+    status, paths, err = run(*given)
+    assert (status, err) == (0, [])
+    assert paths == ["00001-a-cat-7.png", "00002-a-cat-5.png", "00003-a-cat-9.png"]
+    texts = [Image.open(path).text for path in paths]
+    assert [text["negative"] for text in texts] == ["blurry", "a dog", ""]
+    assert [text["seed"] for text in texts] == ["7", "5", "9"]
+    run("a cat", "--negative", "a dog", "--steps", "2", "--seed", "5", "--out", "alone.png")
+    assert np.abs(pixels(paths[1]) - pixels("alone.png")).max() <= 1
+
+
+def test_what_is_drawn_is_not_drawn_again(tiny, run, monkeypatch):
+    write_jsonl("p.jsonl", *({"prompt": f"cat {n}"} for n in range(5)))
+    given = ["--prompts", "p.jsonl", "--out", "x/", "--steps", "1", "--batch", "2"]
+    write, written = command.write, []
+
+    def stop(path, *args):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(str(path))
+        write(path, *args)
+
+    monkeypatch.setattr(command, "write", stop)
+    assert run(*given) == (130, written, ["stable-diffusion: interrupted"])
+    assert len(os.listdir("x")) == 3
+    monkeypatch.setattr(command, "write", write)
+    before = {path: (path.stat().st_mtime_ns, pixels(path)) for path in Path("x").iterdir()}
+    status, paths, err = run(*given)
+    assert status == 0 and err == ["stable-diffusion: 3 of 5 are drawn already"]
+    assert paths == ["x/00004-cat-3-3.png", "x/00005-cat-4-4.png"]
+    assert all(path.stat().st_mtime_ns == time for path, (time, _) in before.items())
+    assert run(*given)[:2] == (0, [])
+
+    for path in sorted(before)[:1]:  # a damaged file is drawn again
+        path.write_bytes(path.read_bytes()[:-100])
+    assert run(*given)[1] == ["x/00001-cat-0-0.png"]
+    assert len(run(*given, "--guidance", "3")[1]) == 5, "other options, other pictures"
+
+
+def test_prompts_of_a_file_are_drawn_in_batches(tiny, run, monkeypatch):
+    Path("p.txt").write_text("".join(f"cat {n}\n" for n in range(5)))
+    draw, sizes = stable_diffusion.stable_diffusion.StableDiffusion.generate_image, []
+
+    def spy(self, context, negative, batch_size, *args, **options):
+        sizes.append((batch_size, len(context), len(negative)))
+        return draw(self, context, negative, batch_size, *args, **options)
+
+    monkeypatch.setattr(stable_diffusion.stable_diffusion.StableDiffusion, "generate_image", spy)
+    assert len(run("--prompts", "p.txt", "--batch", "2", "--steps", "1")[1]) == 5
+    assert sizes == [(2, 2, 2), (2, 2, 2), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat", "line 2: Expecting value"),
+        ('["a cat"]', 'line 2: it takes an object with a "prompt"'),
+        ('{"negative": "a"}', 'line 2: it takes an object with a "prompt"'),
+        ('{"prompt": 3}', "line 2: it can't have 'prompt': 3"),
+        ('{"prompt": "a", "seed": "1"}', "line 2: it can't have 'seed': '1'"),
+        ('{"prompt": "a", "seed": true}', "line 2: it can't have 'seed': True"),
+        ('{"prompt": "a", "seed": -1}', "line 2: the seed must be from 0 to 4294967295, not -1"),
+        ('{"prompt": "a", "steps": 3}', "line 2: it can't have 'steps': 3"),
+        ('{"prompt": "\\udcff"}', "line 2: '\\udcff' is not in UTF-8"),
+        ('{"prompt": ' + "[" * 100_000, "line 2: "),
+        (json.dumps({"prompt": "cat " * 99}), "at most 77 tokens, not 101"),
+    ],
+)
+def test_wrong_lines_draw_nothing(tiny, run, line, message):
+    Path("p.jsonl").write_text(f'{{"prompt": "a cat"}}\n{line}\n')
+    status, out, err = run("--prompts", "p.jsonl", *FAST)
+    assert (status, out, len(err)) == (2, [], 1)
+    assert message in err[0]
+    assert os.listdir() == ["p.jsonl"]
+
+
+def test_a_file_in_another_encoding(tiny, run):
+    Path("p.txt").write_bytes(b"\xff\xfea")
+    assert run("--prompts", "p.txt")[2] == [
+        "stable-diffusion: argument --prompts: p.txt: it is not in UTF-8"
+    ]
+
+
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [
@@ -265,7 +409,12 @@ def test_progress_is_shown_on_a_terminal_only(tiny, run, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: PROMPT"),
+        ([], "it takes either a PROMPT or --prompts FILE"),
+        (["a", "--prompts", "file"], "it takes either a PROMPT or --prompts FILE"),
+        (["--prompts", "file"], "--prompts: file has no prompts"),
+        (["--prompts", "none.txt"], "--prompts: none.txt: No such file or directory"),
+        (["--prompts", "."], "--prompts: .: Is a directory"),
+        (["--prompts", "file", "--out", "a.png"], "--out: with --prompts it is a folder"),
         (["a", "--steps", "0"], "--steps: '0' is not an integer from 1 to 1000"),
         (["a", "--steps", "1.5"], "--steps: '1.5' is not an integer from 1 to 1000"),
         (["a", "--guidance", "nan"], "--guidance: 'nan' is not a number from 0 to 1000"),

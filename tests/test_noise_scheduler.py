@@ -126,6 +126,19 @@ def test_wrong_num_steps(n):
         NoiseScheduler().ddim_levels(n)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_any_number_of_steps(spacing):
+    """Rounding neither adds a step, nor doubles one, nor leaves the schedule."""
+    scheduler = NoiseScheduler(**SD, spacing=spacing, steps_offset=1)
+    most = 999 if spacing == "leading" else 1000
+    for n in range(1, most + 1):
+        timesteps = [t for t, _, _ in scheduler.ddim_levels(n)]
+        assert len(set(timesteps)) == n and timesteps == sorted(timesteps, reverse=True)
+        assert 0 <= timesteps[-1] and timesteps[0] <= 999
+    with pytest.raises(ValueError, match=f"num_steps must be an int from 1 to {most}, not "):
+        scheduler.ddim_levels(most + 1)
+
+
 def test_numpy_num_steps():
     assert NoiseScheduler().ddim_levels(np.int64(3)) == NoiseScheduler().ddim_levels(3)
 

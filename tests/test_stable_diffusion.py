@@ -4,6 +4,8 @@ Pictures are uint8; where the same numbers go through differently shaped batches
 1 level. The flows at the end are those of clients of KerasCV.
 """
 
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from stable_diffusion import (
     TextEncoder,
 )
 from stable_diffusion.checkpoints.presets import TINY, TINY_V2
+from stable_diffusion.samplers import DeepCache
 
 BACKEND = keras.backend.backend()
 JIT = BACKEND == "jax"  # which is slow without; on the others compiling takes longer than running
@@ -237,6 +240,16 @@ def test_callback(model):
     np.testing.assert_array_equal(draw(model, batch_size=2), expected)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="counts TensorFlow's traces")
+def test_batches_of_any_size_are_traced_twice(monkeypatch):
+    """For the first size, and for any; guidance that ends adds none."""
+    model = tiny()
+    for batch_size in (1, 2, 3, 5, 1):
+        draw(model, batch_size=batch_size, num_steps=2, guidance_interval=(500, 1000))
+    for part in (model.text_encoder, model.diffusion_model, model.decoder):
+        assert part.predict_function.experimental_get_tracing_count() <= 2
+
+
 def test_an_exception_in_the_callback_stops_the_drawing(model):
     def stop(step, timestep, latent):
         raise KeyboardInterrupt
@@ -250,6 +263,116 @@ def test_verbose(model, capsys):
     assert capsys.readouterr() == ("", "")
     draw(model, verbose=1)
     assert f"{STEPS}/{STEPS}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m", "unipc"])
+def test_samplers(model, monkeypatch, sampler):
+    """One pass a step, and with many steps nearly DDIM's picture."""
+    unet, seen = Spy(monkeypatch, model.diffusion_model), []
+    images = draw(model, sampler=sampler, callback=lambda step, t, _: seen.append((step, t)))
+    assert unet.batches == [{2}] * STEPS
+    assert seen == [(0, 999), (1, 666), (2, 333)]
+    assert differ(images, draw(model)) > 2
+    options = {"unconditional_guidance_scale": 1}
+    many = draw(model, sampler=sampler, num_steps=30, **options)
+    assert np.abs(many.astype(int) - draw(model, num_steps=100, **options)).mean() < 2
+
+
+def test_a_sampler_of_ones_own(model):
+    def jump(predict, latent, schedule, num_steps):
+        for n in range(num_steps):
+            yield n, latent - predict(latent, n)
+
+    seen = []
+    draw(model, sampler=jump, callback=lambda *arguments: seen.append(arguments[:2]))
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"sampler": "euler"}, "sampler must be one of ddim, dpmpp-2m, unipc, or .*not 'euler'"),
+        ({"sampler": "unipc", "num_steps": 1000}, "num_steps must be an int from 1 to 999"),
+        ({"guidance_interval": 5}, "guidance_interval must be two timesteps.*not 5"),
+        ({"guidance_interval": (1, 2, 3)}, "guidance_interval must be two timesteps"),
+        ({"guidance_interval": "ab"}, "guidance_interval must be two timesteps"),
+        ({"deep_cache": 0}, "deep_cache must be an int of at least 1, not 0"),
+        ({"deep_cache": 2.0}, "deep_cache must be an int of at least 1, not 2.0"),
+    ],
+)
+def test_wrong_options_of_sampling(model, option, message):
+    with pytest.raises(ValueError, match=message):
+        draw(model, **option)
+
+
+def test_guidance_within_an_interval(model, monkeypatch):
+    """Timesteps are 999, 500 and 0."""
+    unet, whole = Spy(monkeypatch, model.diffusion_model), draw(model)
+    for interval, batches in [
+        ((0, 999), [{2}, {2}, {2}]),
+        ((500, 999), [{2}, {2}, {1}]),
+        ((1, 998), [{1}, {2}, {1}]),
+        ((1, 2), [{1}, {1}, {1}]),
+    ]:
+        unet.batches.clear()
+        images = draw(model, guidance_interval=interval)
+        assert unet.batches == batches
+        # The last step, which starts at timestep 0, takes hardly any noise away.
+        assert (differ(images, whole) <= 1) == (interval[1] == 999)
+    assert differ(images, draw(model, unconditional_guidance_scale=1)) <= 1
+
+
+def test_encoded_negative_prompts(model, monkeypatch):
+    negative, expected = model.encode_text("a dog"), draw(model, negative_prompt="a dog")
+    context = model.encode_text("a red apple")
+    encoder = Spy(monkeypatch, model.text_encoder)
+    for given in (negative, negative[0], ops.convert_to_tensor(negative)):
+        images = model.generate_image(context, given, num_steps=STEPS, seed=0, verbose=0)
+        np.testing.assert_array_equal(images, expected)
+    assert not encoder.batches
+
+
+class Count:
+    """Counts calls of the two halves of a UNet."""
+
+    def __init__(self, monkeypatch, model):
+        model = DeepCache(model, 2)
+        self.whole, self.shallow = Spy(monkeypatch, model.whole), Spy(monkeypatch, model.shallow)
+
+    def __call__(self):
+        counts = len(self.whole.batches), len(self.shallow.batches)
+        self.whole.batches.clear(), self.shallow.batches.clear()
+        return counts
+
+
+def test_deep_cache(model, monkeypatch):
+    count, plain = Count(monkeypatch, model.diffusion_model), draw(model, num_steps=7)
+    assert count() == (0, 0)
+    images = draw(model, num_steps=7, deep_cache=3)
+    assert count() == (3, 4)
+    assert 1 < differ(images, plain)
+    assert differ(images, draw(model, num_steps=7, deep_cache=3)) == 0, "it starts anew"
+    assert count() == (3, 4)
+    draw(model, num_steps=4, deep_cache=4, guidance_interval=(0, 500))  # the first two without
+    assert count() == (2, 2)
+
+
+def test_deep_features_used_at_once_are_exact(model):
+    """The two halves, one after the other, are the whole."""
+    inputs = [noise(2, h, w, 4), noise(2, 32, seed=1), noise(2, 77, D, seed=2)]
+    expected = np.asarray(model.diffusion_model.predict_on_batch(inputs))
+    cached = DeepCache(model.diffusion_model, 2)
+    for _ in range(2):
+        np.testing.assert_allclose(cached.predict_on_batch(inputs), expected, atol=1e-4)
+    assert cached.calls == 2
+
+
+def test_deep_cache_needs_levels():
+    config = replace(TINY.unet, widths=(32,), heads=(2,), attention=(True,))
+    unet = DiffusionModel(8 * h, 8 * w, 77, download_weights=False, config=config)
+    for model in (unet, keras.Sequential()):
+        with pytest.raises(ValueError, match="takes a DiffusionModel of several levels"):
+            DeepCache(model, 2)
 
 
 def test_ddim_is_the_papers(model):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stable_diffusion.checkpoints import embedding, hub, lora
-from stable_diffusion.checkpoints.building import PARTS, Reader
+from stable_diffusion.checkpoints.building import PARTS, Reader, release
 from stable_diffusion.checkpoints.config import SD1, SD2
 from stable_diffusion.checkpoints.diffusers import DiffusersFolder, HubFolder, save_diffusers
 from stable_diffusion.checkpoints.kerascv import PRESETS, KerasCVFolder, KerasCVPreset, save_keras

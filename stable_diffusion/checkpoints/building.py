@@ -1,8 +1,10 @@
 """Building models whose parameters are about to be loaded: neither random numbers nor copies."""
 
+import gc
 import math
 import threading
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import keras
 import ml_dtypes  # noqa: F401  teaches numpy what bfloat16 is
@@ -20,6 +22,7 @@ PARTS = {
 }
 ALIGNMENT = 64  # bytes; at such addresses the backends take memory over as it is
 _lock = threading.RLock()
+_loaded = WeakSet()  # the models that hold a checkpoint's parameters, as far as is known
 
 
 def empty(shape, dtype, zeros=False):
@@ -102,6 +105,8 @@ class Reader:
         with uninitialized(self.loads):
             model = make(config=getattr(self.config, PARTS[part]), download_weights=False)
         self.load(part, model)
+        if self.loads:
+            _loaded.add(model)
         return model
 
     def load(self, part, model):
@@ -110,3 +115,32 @@ class Reader:
     def tokenizer(self):
         """Returns the checkpoint's tokenizer."""
         return SimpleTokenizer()
+
+
+def release(pipeline, part: str):
+    """Frees the memory of a part, which is loaded again when it is next asked for.
+
+    The text encoder, say, isn't needed any more once prompt and negative prompt are encoded:
+
+        context, negative = model.encode_text("a cat"), model.encode_text("")
+        release(model, "text_encoder")
+        images = model.generate_image(context, negative)
+
+    Args:
+        pipeline: a `StableDiffusion`. A part that it hasn't built yet is left alone.
+        part: a key of `PARTS`.
+
+    Raises:
+        ValueError: no such part, or one whose parameters no checkpoint has: random ones, a model
+            that was assigned, one with a LoRA or with an embedding. Nothing is changed then.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}.")
+    model = getattr(pipeline, f"_{part}")
+    if model is None:
+        return
+    if model not in _loaded or model in getattr(pipeline, "_lora_originals", {}):
+        raise ValueError(f"The {part} isn't its checkpoint's, and couldn't be loaded again.")
+    setattr(pipeline, f"_{part}", None)
+    del model
+    gc.collect()

@@ -79,6 +79,19 @@ class Config:
     )
     size: int = 512
 
+    def picture_size(self, height=None, width=None):
+        """Returns height and width of a picture, `size` where they are None.
+
+        Raises:
+            ValueError: the UNet, which halves a latent at each level but the first, can't have it.
+        """
+        multiple = self.unet.latent_scale * 2 ** (len(self.unet.widths) - 1)
+        height, width = height or self.size, width or self.size
+        for size in (height, width):
+            if not isinstance(size, int) or size < multiple or size % multiple:
+                raise ValueError(f"Picture sizes are multiples of {multiple} pixels, not {size!r}.")
+        return height, width
+
 
 SD1 = Config()
 SD2 = Config(

@@ -13,7 +13,9 @@ import pytest
 import tensorflow as tf
 
 from stable_diffusion import DiffusionModel
-from stable_diffusion.checkpoints.presets import SD1_INPAINTING
+from stable_diffusion.checkpoints.presets import SD1, SD1_INPAINTING
+from stable_diffusion.noise_scheduler import timestep_embedding
+from stable_diffusion.training.data import denoising_loss, diffuse
 
 SIZE, TOLERANCE, GRADIENT_TOLERANCE = 64, 1e-5, 1e-4
 PARAMETERS = {
@@ -67,19 +69,26 @@ def test_inpainting_has_five_more_input_channels():
 
 @pytest.mark.large
 def test_gradients_of_all_parameters_of_the_unet_are_equal():
+    """Of the loss that `stable_diffusion.training` has, for equal latents, noise and timesteps."""
     rng = np.random.default_rng(0)
     ours, theirs = compare_keras_cv.build_pair("diffusion_model", SIZE, 2 * SIZE)
     compare_keras_cv.share_parameters(ours, theirs, rng)
-    inputs = compare_keras_cv.random_inputs(ours, SIZE, rng)
-    target = rng.standard_normal((len(inputs[0]), *ours.output_shape[1:]), dtype="float32")
+    *_, context = compare_keras_cv.random_inputs(ours, SIZE, rng)
+    timesteps = rng.integers(0, 1000, len(context))
+    x0, noise = rng.standard_normal((2, len(context), *ours.output_shape[1:]), dtype="float32")
+    latent, target = diffuse(SD1.schedule, x0, noise, timesteps)
+    inputs = [latent, timestep_embedding(timesteps), context]
 
     def gradients(model):
         with tf.GradientTape() as tape:
-            loss = keras.ops.mean((model(inputs) - target) ** 2)
+            loss = keras.ops.mean(denoising_loss(target, model(inputs)))
+        losses.append(float(loss))
         return tape.gradient(loss, [weight.value for weight in model.weights])
 
+    losses = []
     pairs = list(zip(ours.weights, gradients(ours), gradients(theirs), strict=True))
     assert len(pairs) == 686
+    assert losses[0] == pytest.approx(losses[1], rel=GRADIENT_TOLERANCE)
     errors = {weight.path: compare_keras_cv.relative_error(a, b) for weight, a, b in pairs}
     assert {path: e for path, e in errors.items() if not e <= GRADIENT_TOLERANCE} == {}
 
