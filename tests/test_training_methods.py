@@ -1,0 +1,344 @@
+"""What each method trains, leaves alone and saves, on a model of few parameters.
+
+What is saved is loaded by the pipeline, in the same process and backend, so outputs agree within
+roundings of float32: 1e-5 of the largest value.
+"""
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from stable_diffusion import StableDiffusion
+from stable_diffusion.checkpoints.presets import original
+from stable_diffusion.noise_scheduler import timestep_embedding
+from stable_diffusion.training import (
+    Cache,
+    Full,
+    LoRA,
+    NoisyLatents,
+    Stream,
+    TextualInversion,
+    load_state,
+    read_folder,
+    remat_scope,
+    save_state,
+)
+from stable_diffusion.training.optimizers import count_memory, make_optimizer
+
+TOKEN, TOLERANCE = "<toy>", 1e-5
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        Image.fromarray(rng.integers(0, 256, (70, 80, 3), "uint8")).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"a {TOKEN} number {n}")
+    return folder
+
+
+@pytest.fixture
+def pipeline(weights):
+    keras.utils.set_random_seed(0)
+    return StableDiffusion(jit_compile=False, weights=weights)
+
+
+def train(method, pictures, folder, steps=2, first_step=0, callbacks=()):
+    """Takes some steps; returns the loss of each."""
+    cache = Cache(folder / "cache", method.pipeline)
+    examples, broken = cache.encode(read_folder(pictures), texts=method.tokenize is None)
+    assert not broken
+    data = NoisyLatents(
+        cache,
+        [Stream(examples)],
+        method.pipeline.config.schedule,
+        batch_size=2,
+        steps=1,
+        first_step=first_step,
+        dropout=0.5,
+        tokenize=method.tokenize,
+    )
+    if not method.model.compiled:
+        method.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
+    history = method.model.fit(data, epochs=steps, shuffle=False, verbose=0, callbacks=callbacks)
+    history = history.history
+    assert history["loss"] == pytest.approx(history["step_loss"])
+    return history["loss"]
+
+
+def predict(pipeline, context=None):
+    rng = np.random.default_rng(1)
+    shapes = [tensor.shape[1:] for tensor in pipeline.diffusion_model.inputs]
+    inputs = [rng.standard_normal((2, *shape), dtype="float32") for shape in shapes]
+    inputs[2] = inputs[2] if context is None else np.repeat(context, 2, axis=0)
+    return keras.ops.convert_to_numpy(pipeline.diffusion_model(inputs))
+
+
+def values(model):
+    return {v.path: np.array(keras.ops.convert_to_numpy(v.value)) for v in model.weights}
+
+
+def changed(model, before):
+    after = values(model)
+    return {path for path in before if not np.array_equal(before[path], after[path])}
+
+
+def test_full_trains_all_or_cross_attention_alone(pipeline, weights, pictures, tmp_path):
+    before = values(pipeline.diffusion_model)
+    train(Full(pipeline, "cross-attention"), pictures, tmp_path)
+    moved = changed(pipeline.diffusion_model, before)
+    assert moved and moved == {path for path in before if "/attn2/" in path}
+
+    method = Full(pipeline)
+    train(method, pictures, tmp_path, steps=1)
+    assert changed(pipeline.diffusion_model, before) == set(before)
+    text = values(pipeline.text_encoder)
+    method.save(tmp_path / "out", dtype="float32")
+    loaded = StableDiffusion(jit_compile=False, weights=tmp_path / "out")
+    np.testing.assert_allclose(predict(loaded), predict(pipeline), atol=TOLERANCE)
+    assert not changed(loaded.text_encoder, text)
+    with pytest.raises(ValueError, match="parameters must be one of 'all', 'cross-attention'"):
+        Full(pipeline, "attention")
+
+
+@pytest.mark.parametrize("targets, keys", [("attention", "kohya"), ("all", "diffusers")])
+def test_lora(targets, keys, weights, pictures, tmp_path, relative_error):
+    keras.utils.set_random_seed(0)
+    pipeline = StableDiffusion(jit_compile=False, weights=weights)
+    unet = pipeline.diffusion_model
+    before, first = values(unet), predict(pipeline)
+    method = LoRA(pipeline, rank=2, alpha=3.0, targets=targets)
+    np.testing.assert_array_equal(predict(pipeline), first)
+    train(method, pictures, tmp_path)
+    assert not changed(unet, before)  # those that were there
+    trained = predict(pipeline)
+    assert relative_error(trained, first) > 0.01
+
+    method.save(tmp_path / "lora.safetensors", keys=keys)
+    stored = load_file(tmp_path / "lora.safetensors")
+    assert len(stored) == len(method.adapters) * (3 if keys == "kohya" else 2)
+    loaded = StableDiffusion(jit_compile=False, weights=weights)
+    loaded.load_lora(tmp_path / "lora.safetensors")
+    assert relative_error(predict(loaded), trained) < TOLERANCE
+    if targets == "attention":
+        assert len(method.adapters) == 8 * 4  # q, k, v, out of two attentions, in four blocks
+        with pytest.raises(ValueError, match="has adapters already"):
+            LoRA(pipeline)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 0}, "rank must be an int from 1, not 0"),
+        ({"alpha": -1.0}, "alpha must be above 0, not -1.0"),
+        ({"targets": "most"}, "targets must be one of 'cross-attention', 'attention'"),
+    ],
+)
+def test_lora_refuses(options, message, pipeline):
+    with pytest.raises(ValueError, match=message):
+        LoRA(pipeline, **options)
+
+
+def test_textual_inversion_changes_its_vectors_alone(pipeline, weights, pictures, tmp_path):
+    method = TextualInversion(pipeline, TOKEN, "two words", vectors=3)
+    one, two = pipeline.tokenizer.encode("two words")[1:-1]
+    table = values(pipeline.text_encoder)["clip_embedding/token_embedding/embeddings"]
+    np.testing.assert_array_equal(table[method.ids], table[[one, two, one]])
+    text = values(pipeline.text_encoder)
+    before = text | values(pipeline.diffusion_model)
+    assert [v.path for v in method.model.trainable_variables] == ["learned_tokens/vectors"]
+    train(method, pictures, tmp_path)
+    assert not changed(pipeline.text_encoder, text)
+    method.show()
+    after = values(pipeline.text_encoder) | values(pipeline.diffusion_model)
+    for path, value in before.items():
+        rows = method.ids if path.endswith("token_embedding/embeddings") else []
+        np.testing.assert_array_equal(np.delete(after[path], rows, 0), np.delete(value, rows, 0))
+        assert (after[path][rows] != value[rows]).all()
+
+    method.save(tmp_path / "toy.safetensors")
+    loaded = StableDiffusion(jit_compile=False, weights=weights)
+    loaded.load_embedding(tmp_path / "toy.safetensors")
+    prompt = f"a {TOKEN} on a mat"
+    context = pipeline.encode_text(prompt)
+    np.testing.assert_allclose(loaded.encode_text(prompt), context, atol=TOLERANCE)
+    # The model that is trained sees the same.
+    batch = {
+        "tokens": method.tokenize(prompt)[None].repeat(2, axis=0),
+        "positions": np.tile(np.arange(77, dtype="int32"), (2, 1)),
+    }
+    rng = np.random.default_rng(1)
+    for tensor in pipeline.diffusion_model.inputs[:2]:
+        batch[tensor.name] = rng.standard_normal((2, *tensor.shape[1:]), dtype="float32")
+    output = keras.ops.convert_to_numpy(method.model(batch))
+    np.testing.assert_allclose(output, predict(pipeline, context), atol=TOLERANCE)
+
+
+def test_textual_inversion_refuses(pipeline):
+    with pytest.raises(ValueError, match="vectors must be an int from 1, not 0"):
+        TextualInversion(pipeline, TOKEN, "cat", 0)
+    with pytest.raises(ValueError, match="initializer must have a word, not ' '"):
+        TextualInversion(pipeline, TOKEN, " ")
+
+
+def test_rematerialisation_changes_nothing_but_memory(few, weights, pictures, tmp_path):
+    losses = []
+    for remat in (False, True):
+        keras.utils.set_random_seed(0)
+        pipeline = StableDiffusion(jit_compile=False, weights=weights)
+        if remat:
+            with remat_scope(few.unet):
+                pipeline.diffusion_model  # noqa: B018
+        names = [layer.name for layer in pipeline.diffusion_model.layers if layer._remat_mode]
+        assert ("down_0_attn_0" in names) == remat
+        losses.append(train(Full(pipeline), pictures, tmp_path))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"use_ema": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.large),
+    ],
+)
+def test_a_run_goes_on_from_its_state(options, weights, pictures, tmp_path):
+    state = tmp_path / "state.safetensors"
+
+    class Save(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 2:
+                save_state(state, self.model, 3)
+
+    def begin():
+        keras.utils.set_random_seed(0)
+        pipeline = StableDiffusion(jit_compile=False, weights=weights)
+        method = LoRA(pipeline, rank=2)
+        method.compile(
+            make_optimizer("adam", 1e-2, 6, "cosine", warmup=2, **options), run_eagerly=True
+        )
+        return method
+
+    method = begin()
+    expected = train(method, pictures, tmp_path, steps=5, callbacks=[Save()])
+    last = values(method.model)
+    method = begin()
+    assert load_state(state, method.model) == 3
+    assert train(method, pictures, tmp_path, steps=2, first_step=3) == expected[3:]
+    assert not changed(method.model, last)  # these are the averages, where there are any
+    if options:
+        return
+
+    tensors = load_file(state)
+    path = tmp_path / "other.safetensors"
+    for content, message in (
+        (dict(list(tensors.items())[1:]), "of a run with other parameters"),
+        (None, "no intact state"),
+    ):
+        save_file(content, path, {"step": "1"}) if content else path.write_bytes(b"no state")
+        before = values(method.model)
+        with pytest.raises(ValueError, match=message):
+            load_state(path, method.model)
+        assert not changed(method.model, before)
+
+
+def test_a_cache_is_keyed_by_content(pipeline, pictures, tmp_path):
+    cache = Cache(tmp_path, pipeline, flip=True)
+    examples, _ = cache.encode(read_folder(pictures))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    assert len(files) == 3 * 2 + 3  # pictures and mirrored ones, captions
+    one = cache.moments(examples[0], cache.views(examples[0])[0])
+    picture = np.asarray(Image.open(pictures / "0.png").resize((64, 64), box=(5, 0, 75, 70)))
+    assert one.shape == (8, 8, 8) and picture.shape == (64, 64, 3)
+
+    again = Cache(tmp_path, pipeline, flip=True)
+    again.encode(read_folder(pictures))
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    damaged = next(path for path in files if np.load(path).shape == (8, 8, 8))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    again.encode(read_folder(pictures))
+    assert np.load(damaged).shape == (8, 8, 8)
+    pipeline.image_encoder.weights[0].assign(2 * pipeline.image_encoder.weights[0])
+    Cache(tmp_path, pipeline).encode(read_folder(pictures))
+    assert len(list(tmp_path.rglob("*.npy"))) == len(files) + 3
+
+
+def test_broken_pictures_are_named_and_skipped(pipeline, pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "good.png").write_bytes((pictures / "0.png").read_bytes())
+    cache = Cache(tmp_path / "cache", pipeline)
+    examples, broken = cache.encode(read_folder(folder, ["a toy"]))
+    assert [example.path.name for example in examples] == ["good.png"]
+    assert len(broken) == 1 and "bad.png can't be opened" in broken[0]
+    (folder / "good.png").unlink()
+    with pytest.raises(ValueError, match="None of 1 pictures can be used: .*bad.png"):
+        cache.encode(read_folder(folder, ["a toy"]))
+
+
+def test_optimizers():
+    optimizer = make_optimizer("AdamW", 1e-3, 100, "cosine", 10, clipnorm=1.0, weight_decay=0.1)
+    rates = [float(optimizer._learning_rate(step)) for step in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0], abs=1e-8)
+    constant = make_optimizer("sgd", 1e-3, 100, warmup=10)
+    rates = [float(constant._learning_rate(step)) for step in (5, 10, 100)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert float(make_optimizer("lion", 1e-3, 100).learning_rate) == pytest.approx(1e-3)
+    for arguments, options, message in (
+        (("best", 1e-3, 1), {}, "optimizer must be one of .*adamw.*, not 'best'"),
+        (("sgd", 1e-3, 1, "linear"), {}, "schedule must be one of constant, cosine"),
+        (("sgd", 1e-3, 1), {"beta_1": 0.9}, "sgd: .*beta_1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_optimizer(*arguments, **options)
+
+
+def test_memory_is_counted():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5), keras.layers.Dense(2)])
+    model.layers[0].trainable = False
+    memory = count_memory(model, lambda: make_optimizer("adam", 1e-3, 1))
+    assert memory["trained"] == 12 and memory["all"] == 32
+    assert memory["parameters"] == 4 * 32 and memory["gradients"] == 4 * 12
+    assert memory["optimizer"] == 2 * 4 * 12
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("keys", ["kohya", "diffusers"])
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_runs_what_was_trained(few, keys, pictures, tmp_path, relative_error):
+    """Its pipeline loads the LoRA and the new word, and predicts the same."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    keras.utils.set_random_seed(0)
+    folder = tmp_path / "weights"
+    StableDiffusion(jit_compile=False, weights=None, config=original(few)).save(
+        folder, dtype="float32"
+    )
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline = StableDiffusion(jit_compile=False, weights=folder)
+    word = TextualInversion(pipeline, TOKEN, "two words", vectors=3)
+    train(word, pictures, tmp_path)
+    word.save(tmp_path / "word.safetensors")
+    theirs.load_textual_inversion(tmp_path / "word.safetensors")
+    prompt = f"a {TOKEN} on a mat"
+    context = StableDiffusion(jit_compile=False, weights=folder)
+    context.load_embedding(tmp_path / "word.safetensors")
+    context = context.encode_text(prompt)
+    with torch.no_grad():
+        encoded, _ = theirs.encode_prompt(prompt, "cpu", 1, False)
+    assert relative_error(context, encoded.numpy()) < 1e-4
+
+    pipeline = StableDiffusion(jit_compile=False, weights=folder)
+    method = LoRA(pipeline, rank=2, alpha=3.0, targets="transformers")
+    train(method, pictures, tmp_path)
+    method.save(tmp_path / "lora.safetensors", keys=keys)
+    theirs.load_lora_weights(tmp_path / "lora.safetensors")
+    latent = np.random.default_rng(0).standard_normal((1, 8, 8, 4), dtype="float32")
+    inputs = [latent, timestep_embedding([300], 16), context]
+    ours = keras.ops.convert_to_numpy(pipeline.diffusion_model(inputs))
+    with torch.no_grad():
+        sample = theirs.unet(torch.tensor(latent).movedim(-1, 1), 300, torch.tensor(context)).sample
+    assert relative_error(ours, sample.movedim(1, -1).numpy()) < 1e-4
