@@ -121,3 +121,12 @@ def test_openvinos_own_precision(tmp_path):
     ]
     error = np.mean((images[0] - images[1]) ** 2, axis=(1, 2, 3))
     assert (10 * np.log10(255**2 / error) >= 40).all(), "PSNR in dB; 49 is seen"
+
+
+def test_openvino_in_bfloat16_is_refused(tmp_path):
+    """Keras takes the bits of what comes out for float16."""
+    if "openvino" not in INSTALLED:
+        pytest.skip("openvino is not installed")
+    code = "import keras; keras.config.set_dtype_policy('mixed_bfloat16')\n" + DRAW_EMBEDDED
+    with pytest.raises(AssertionError, match="policy on OpenVINO must be float32"):
+        run("openvino", code, tmp_path / "none.npz")

@@ -101,7 +101,16 @@ class Reader:
         Args:
             part: a key of `PARTS`.
             make: function that builds the part from `config` and `download_weights`.
+
+        Raises:
+            ValueError: Keras' dtype policy is bfloat16 and its backend OpenVINO.
         """
+        if keras.backend.backend() == "openvino" and "bfloat16" in keras.config.dtype_policy().name:
+            raise ValueError(
+                "The dtype policy on OpenVINO must be float32, with which it computes in bfloat16 "
+                f"where the processor can, not {keras.config.dtype_policy().name}: Keras misreads "
+                "its results."
+            )
         with uninitialized(self.loads):
             model = make(config=getattr(self.config, PARTS[part]), download_weights=False)
         self.load(part, model)
