@@ -134,7 +134,7 @@ def main():
         pairs = evaluation.choose_pairs(subjects, args.pictures)
         if args.data:
             data = evaluation.emoji.load(args.data)
-            subjects, pictures = evaluation.read_subjects(args.weights, *data)
+            subjects, pictures = evaluation.emoji.read_subjects(args.weights, *data)
             references = evaluation.draw_references(pictures, [colour for _, colour in pairs])
 
             def judge(drawn):

@@ -143,7 +143,7 @@ class Knowledge:
         self.script = data and load_script("evaluate_emoji")
         if data:
             everything = self.script.emoji.load(data)
-            self.subjects, pictures = self.script.read_subjects(folder, *everything)
+            self.subjects, pictures = self.script.emoji.read_subjects(folder, *everything)
             self.pairs = self.script.choose_pairs(self.subjects, PAIRS)
             colours = [colour for _, colour in self.pairs]
             self.references = self.script.draw_references(pictures, colours)

@@ -28,8 +28,8 @@ without, but in that folder. Folders are made where they are missing. A file of 
 overwritten: the same command with the same --seed writes the same files again.
 
 Each picture has a seed of its own: the first --seed, each next one 1 more. Its PNG has all that it
-takes to draw it again as text: prompt, negative, seed, steps, guidance, sampler, size (width x
-height), weights and version.
+takes to draw it again as text: prompt, negative, seed, steps, guidance, sampler, dtype, size (width
+x height), weights and version.
 
 A file of --prompts has one prompt a line. If its name ends in .jsonl, each line is a JSON object,
 as {"prompt": "a cat", "negative": "blurry", "seed": 3}, of which only the prompt is needed. Each
@@ -54,6 +54,7 @@ examples:
 exit status: 0 done, 1 failed, 2 arguments that can't be used, 130 interrupted
 """
 SAMPLERS = ("ddim", "dpmpp-2m", "unipc")  # those of `samplers.SAMPLERS`, which takes Keras
+DTYPES = ("float32", "bfloat16", "float16")
 KEYS = {"prompt": str, "negative": str, "seed": int}  # of a line in JSON
 SEEDS = 2**32  # Keras takes a seed as an unsigned 32-bit integer
 SLUG_LENGTH = 80  # characters of a prompt in a file's name
@@ -138,6 +139,7 @@ def get_parser():
     add("--height", metavar="H", type=size, help="in pixels (default: the weights' native size)")
     add("--width", metavar="W", type=size, help="in pixels (default: the weights' native size)")
     add("--sampler", default="ddim", choices=SAMPLERS, help="default: ddim")
+    add("--dtype", choices=DTYPES, help="of parameters and computation (default: float32)")
     add("--jit", action="store_true", help="compile first: worth it for many or large pictures")
     add("--version", action="version", version=f"{NAME} {__version__}")
     return parser
@@ -308,6 +310,8 @@ def quiet():
 
 def get_chunks(args, picture, height, width):
     """Returns what is written into a picture's PNG as text: dict of str to str."""
+    import keras
+
     chunks = {
         "prompt": picture.prompt,
         "negative": picture.negative,
@@ -315,6 +319,7 @@ def get_chunks(args, picture, height, width):
         "steps": args.steps,
         "guidance": args.guidance,
         "sampler": args.sampler,
+        "dtype": keras.config.dtype_policy().name,
         "size": f"{width}x{height}",
         "weights": args.weights,
         "version": __version__,
@@ -356,9 +361,12 @@ def draw(args):
 
     show(f"loading {args.weights} ...")
     with quiet():
+        import keras
         import numpy as np
 
         from stable_diffusion import StableDiffusion, checkpoints
+    if args.dtype:
+        keras.config.set_dtype_policy(args.dtype)
     model = StableDiffusion(args.height, args.width, args.jit, weights=args.weights)
     chunks = {p.path: get_chunks(args, p, model.img_height, model.img_width) for p in pictures}
     if args.prompts:

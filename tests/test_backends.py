@@ -71,6 +71,42 @@ images = StableDiffusion(weights="emoji", jit_compile=False).text_to_image(
 np.savez(sys.argv[1], images=images)
 """
 
+DRAW_CHANGED = """
+import sys
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from stable_diffusion import StableDiffusion
+from stable_diffusion.checkpoints.lora import load_lora, unload_lora
+
+model, target = StableDiffusion(weights="emoji", jit_compile=False), sys.argv[1]
+width = model.config.unet.widths[-1]
+name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v"
+halves = {f"{name}.lora_down.weight": (1, width), f"{name}.lora_up.weight": (width, 1)}
+lora = f"{target}.safetensors"
+rng = np.random.default_rng(0)
+halves = {key: rng.standard_normal(shape, "float32") for key, shape in halves.items()}
+save_file(halves, lora)
+
+
+def draw(deep_cache):
+    noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4))
+    prompt = "a red apple on a blue background"
+    options = {"num_steps": 3, "verbose": 0, "diffusion_noise": noise, "deep_cache": deep_cache}
+    return model.text_to_image(prompt, **options)
+
+
+pictures = {}
+for cache in (1, 2):
+    pictures[f"before_{cache}"] = draw(cache)
+    load_lora(model, lora)
+    pictures[f"with_{cache}"] = draw(cache)
+    unload_lora(model)
+    pictures[f"after_{cache}"] = draw(cache)
+np.savez(target, **pictures)
+"""
+
 
 def run(backend, code, target):
     """Runs a program on a backend; returns the arrays it writes."""
@@ -130,3 +166,15 @@ def test_openvino_in_bfloat16_is_refused(tmp_path):
     code = "import keras; keras.config.set_dtype_policy('mixed_bfloat16')\n" + DRAW_EMBEDDED
     with pytest.raises(AssertionError, match="policy on OpenVINO must be float32"):
         run("openvino", code, tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_changed_parameters_count_at_once(backend, tmp_path):
+    """Also where they were compiled in for the picture before."""
+    if backend not in INSTALLED:
+        pytest.skip(f"the backend {backend} is not installed")
+    pictures = run(backend, DRAW_CHANGED, tmp_path / "changed.npz")
+    for cache in (1, 2):
+        before, changed, after = (pictures[f"{n}_{cache}"] for n in ("before", "with", "after"))
+        np.testing.assert_array_equal(before, after)
+        assert np.abs(before.astype(int) - changed).max() > 16

@@ -84,6 +84,7 @@ def test_one_picture(tiny, run):
             "steps": "2",
             "guidance": "7.5",
             "sampler": "ddim",
+            "dtype": "float32",
             "size": "64x64",
             "weights": "emoji",
             "version": __version__,
@@ -169,6 +170,25 @@ def test_samplers(tiny, run, sampler):
     with Image.open("a-7.png") as one, Image.open("b.png") as other:
         assert other.text["sampler"] == sampler
         assert (np.array(one) != np.array(other)).any()
+
+
+@pytest.mark.parametrize("dtype", command.DTYPES)
+def test_dtypes(tiny, run, dtype, monkeypatch):
+    models, guided, before = [], samplers.Guided, keras.config.dtype_policy()
+
+    def kept(model, *arguments):
+        models.append(model.whole)
+        return guided(model, *arguments)
+
+    monkeypatch.setattr(samplers, "Guided", kept)
+    size = ["--height", "32", "--width", "48"]
+    try:
+        assert run("a", "--dtype", dtype, "--out", "b.png", *size, *FAST) == (0, ["b.png"], [])
+    finally:
+        keras.config.set_dtype_policy(before)
+    with Image.open("b.png") as image:
+        assert image.text["dtype"] == dtype and np.array(image).std() > 1
+    assert {weight.dtype for weight in models[0].weights} == {dtype}
 
 
 def test_all_samplers_are_offered():

@@ -46,6 +46,25 @@ def test_the_same_picture(decoder, latent, most, strip):
     np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, decoder, latent):
+    """About as near to float32's picture as the whole decoder in that dtype."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        half = Decoder(H, W, download_weights=False, config=TINY.vae)
+    finally:
+        keras.config.set_dtype_policy(before)
+    half.compile(jit_compile=JIT)
+    half.set_weights([weight.astype("float32") for weight in decoder.get_weights()])
+    expected = np.asarray(decoder.predict_on_batch(latent))
+    whole = np.asarray(half.predict_on_batch(latent), "float32")
+    found = tiling.decode(half, latent, 1, 10_000)
+    assert found.dtype == np.float32
+    error, of_whole = np.std(found - expected), np.std(whole - expected)
+    assert 0 < error <= 1.2 * of_whole and of_whole < 0.05 * np.std(expected)
+
+
 def test_strips_are_bounded(decoder, latent, monkeypatch):
     strips, convert = [], tiling.ops.convert_to_tensor
 

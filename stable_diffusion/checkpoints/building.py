@@ -83,6 +83,15 @@ def _zeros(shape, dtype=None):
     return to_tensor(empty(shape, keras.backend.standardize_dtype(dtype), zeros=True))
 
 
+def forget_compiled(model):
+    """Lets a model be compiled again: on OpenVINO Keras compiles parameters in, as they were."""
+    if keras.backend.backend() == "openvino":
+        from stable_diffusion.samplers import deep_cache
+
+        model.ov_compiled_model = None
+        deep_cache.forget(model)
+
+
 class Reader:
     """Builds the parts of a pipeline with fresh random parameters; subclasses load them instead.
 

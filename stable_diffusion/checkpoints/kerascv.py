@@ -19,7 +19,7 @@ from typing import NamedTuple
 import h5py
 from keras import ops
 
-from stable_diffusion.checkpoints.building import PARTS, Reader
+from stable_diffusion.checkpoints.building import PARTS, Reader, forget_compiled
 from stable_diffusion.checkpoints.config import SD1, SD2, Config
 from stable_diffusion.checkpoints.diffusers_config import (
     config_files,
@@ -228,6 +228,7 @@ def load_h5(model, path, load, **kwargs):
         ValueError: the file is truncated, corrupt or of another model; the message names the file
             and what differs.
     """
+    forget_compiled(model)
     if is_legacy(path):
         return load_legacy(model, path)
     if not str(path).endswith(OTHER_FORMATS):

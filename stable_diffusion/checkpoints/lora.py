@@ -39,6 +39,7 @@ from keras import ops
 from safetensors import SafetensorError
 
 from stable_diffusion.checkpoints import original
+from stable_diffusion.checkpoints.building import forget_compiled
 from stable_diffusion.checkpoints.diffusers import LAYOUTS, variables
 from stable_diffusion.checkpoints.diffusers_config import read_json
 from stable_diffusion.checkpoints.files import find
@@ -163,6 +164,8 @@ def load_lora(pipeline, path: str | Path, scale: float = 1.0) -> int:
         model = getattr(pipeline, adapter.part)
         _, originals = pipeline._lora_originals.setdefault(model, (adapter.part, {}))
         originals.setdefault(adapter.slot.name, kernel)
+    for part in slots:
+        forget_compiled(getattr(pipeline, part))
     return len(adapters)
 
 
@@ -184,6 +187,7 @@ def unload_lora(pipeline) -> int:
         named = variables(part, model)
         for name, kernel in originals.items():
             named[name].assign(kernel)
+        forget_compiled(model)
         restored += len(originals)
     pipeline.__dict__.pop("_lora_originals", None)
     return restored

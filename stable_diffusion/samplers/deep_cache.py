@@ -60,3 +60,8 @@ class DeepCache:
             output = self.shallow.predict_on_batch([*inputs, self.deep])
         self.calls += 1
         return output
+
+
+def forget(model):
+    """Drops the halves of a model, so that they are made and compiled anew."""
+    _split.pop(model, None)

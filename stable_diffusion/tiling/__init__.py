@@ -67,7 +67,8 @@ def _apply(layer, x, strip):
 
         def second_half(within, x):
             shortcut = layer.conv_shortcut(x) if layer.conv_shortcut else x
-            return shortcut + layer.conv2(ops.silu(within * scale + offset))
+            x = layer.conv2(ops.silu(within * scale + offset))
+            return ops.cast(shortcut, "float32") + ops.cast(x, "float32")
 
         return _in_strips(second_half, [within, x], strip)
     if isinstance(layer, layers.GroupNormalization):
