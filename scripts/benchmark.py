@@ -25,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -45,9 +46,10 @@ ROUTES = {
     "ours torch": ("ours", "torch", "float32", ""),
     "ours torch bfloat16": ("ours", "torch", "bfloat16", ""),
     "ours openvino": ("ours", "openvino", "float32", ""),
+    "ours exported": ("ours", "openvino", "float32", "exported"),  # model.save(format="openvino")
 }
 DEFAULT = ["keras_cv", "keras_cv bfloat16", "diffusers", "diffusers bfloat16"]
-DEFAULT += ["ours", "ours bfloat16", "ours openvino"]
+DEFAULT += ["ours", "ours bfloat16", "ours openvino", "ours exported"]
 BASE = "keras_cv"  # of the ratios, if it is among them; else the first
 WHAT = ("text_encoder", "unet", "decoder", "picture", "cold")
 # Operations at 512x512 and batch 1, counted by torch.utils.flop_counter in diffusers' models.
@@ -98,8 +100,9 @@ def randomize(model):
         variable.assign(0.02 * rng.standard_normal(variable.shape, dtype="float32"))
 
 
-def run_keras(library, what, size, batch, steps, jit, files):
+def run_keras(library, what, size, batch, steps, option, files):
     """Prepares KerasCV or this package."""
+    jit = option == "jit"
     if library == "ours":
         from stable_diffusion import StableDiffusion, stable_diffusion
 
@@ -111,6 +114,8 @@ def run_keras(library, what, size, batch, steps, jit, files):
         length = 77
 
     def build(part):
+        if option == "exported":
+            return getattr(StableDiffusion(size, size, jit, weights=files), part)
         if library == "ours":
             from stable_diffusion.checkpoints.building import uninitialized
 
@@ -245,7 +250,7 @@ def work(args):
 
         keras.config.set_dtype_policy(dtype)
         files = args.files and Path(args.files) / args.format
-        run = run_keras(library, what, args.size, batch, args.steps, options == "jit", files)
+        run = run_keras(library, what, args.size, batch, args.steps, options, files)
     built, times, busy = time.perf_counter() - start, [], []
     for _ in range(1 + args.repeat):
         start, used = time.perf_counter(), time.process_time()
@@ -321,7 +326,9 @@ def measure(args, what, batch, routes):
     common += ["--what", "picture" if cold else what, "--steps", 1 if cold else args.steps]
     variants = {}
     for route in routes:
-        if not cold:
+        if ROUTES[route][3] == "exported":
+            variants[route] = route, ["--files", args.exported, "--format", "openvino"]
+        elif not cold:
             variants[route] = route, []
         elif ROUTES[route][0] == "ours":
             for name in ("kerascv", "diffusers"):
@@ -385,6 +392,15 @@ def show(rows):
         )
 
 
+def export(args):
+    """Writes a Stable Diffusion 1 of random parameters for OpenVINO, in this process."""
+    from stable_diffusion import StableDiffusion
+
+    model = StableDiffusion(args.size, args.size, jit_compile=False, weights=None)
+    model.save(Path(args.export) / "openvino", format="openvino")
+    print("{}")
+
+
 def make_files(folder):
     """Writes a Stable Diffusion 1 of random parameters in both formats."""
     from stable_diffusion import StableDiffusion
@@ -410,9 +426,10 @@ def main():
     parser.add_argument("--one", choices=list(ROUTES), help=argparse.SUPPRESS)
     parser.add_argument("--format", default="kerascv", help=argparse.SUPPRESS)
     parser.add_argument("--multiply", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--export", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one or args.multiply:
-        work(args) if args.one else multiply(args)
+    if args.one or args.multiply or args.export:
+        (work if args.one else multiply if args.multiply else export)(args)
         return 0
     if "cold" in args.what and not args.files:
         parser.error("--what cold takes --files FOLDER (and --make, the first time)")
@@ -424,10 +441,14 @@ def main():
             print(f"{route}: {package} is not installed", file=sys.stderr)
     routes = [route for route in args.routes if not lacking[route]]
     peaks, tables = measure_peaks(args.repeat), []
-    for what in args.what:
-        for batch in args.batch:
-            rows = summarise(args, what, batch, measure(args, what, batch, routes), peaks)
-            tables += [rows] if rows else []
+    with tempfile.TemporaryDirectory() as folder:
+        args.exported = folder
+        if any(ROUTES[route][3] == "exported" for route in routes):
+            process("openvino", "--export", folder, "--size", args.size)
+        for what in args.what:
+            for batch in args.batch:
+                rows = summarise(args, what, batch, measure(args, what, batch, routes), peaks)
+                tables += [rows] if rows else []
     if args.json:
         rows = [row for table in tables for row in table]
         print(json.dumps({"peaks": peaks, "rows": rows, "missing": lacking}, indent=2))

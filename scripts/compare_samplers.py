@@ -117,7 +117,7 @@ def show(rows):
     return "\n".join(lines)
 
 
-def main():
+def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", default=str(here.parents[1] / "weights" / "emoji"))
@@ -125,7 +125,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 12, 15, 20, 30, 50])
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         from stable_diffusion import StableDiffusion
 

@@ -5,13 +5,16 @@ diffusers; needs neither diffusers nor torch. Errors are relative to the largest
 computes coefficients in float32, where UniPC's lose digits to cancellation.
 """
 
+import importlib.util
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stable_diffusion import NoiseScheduler
+from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 from stable_diffusion.samplers import SAMPLERS, find
 from stable_diffusion.samplers.multistep import get_levels
 
@@ -143,3 +146,23 @@ def test_names():
         message = f"one of ddim, dpmpp-2m, unipc, or a function, not {wrong!r}"
         with pytest.raises(ValueError, match=message):
             find(wrong)
+
+
+def test_the_script_compares(monkeypatch, tmp_path, capsys):
+    path = Path(__file__).parents[1] / "scripts" / "compare_samplers.py"
+    spec = importlib.util.spec_from_file_location("compare_samplers", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "REFERENCE", {"sampler": "ddim", "num_steps": 3})
+    monkeypatch.setattr(script, "INTERVALS", [(0, 600)])
+    monkeypatch.setattr(script, "CACHES", [2])
+    names = (WEIGHTS_DIR / "emoji" / "subjects.txt").read_text("utf-8").splitlines()
+    pictures = np.random.default_rng(0).integers(0, 256, (len(names), 128, 128, 4), "uint8")
+    np.savez(tmp_path / "emoji.npz", names=names, pictures=pictures)
+    arguments = ["--data", tmp_path / "emoji.npz", "--pictures", 2, "--steps", 3, "--json"]
+    assert script.main([str(argument) for argument in arguments]) == 0
+    reference, *rows = json.loads(capsys.readouterr().out)
+    assert reference["error"] == 0 and reference["passes"] == 6
+    errors = {row["name"]: row["error"] for row in rows if row["steps"] == 3}
+    assert errors["ddim"] == 0 < errors["unipc"] != errors["dpmpp-2m"] > 0
+    assert all(0 <= row["colour"] <= 100 and row["passes"] > 0 for row in rows)

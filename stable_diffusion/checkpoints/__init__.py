@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from stable_diffusion.checkpoints import embedding, hub, lora
+from stable_diffusion.checkpoints import embedding, hub, lora, openvino
 from stable_diffusion.checkpoints.building import PARTS, Reader, release
 from stable_diffusion.checkpoints.config import SD1, SD2
 from stable_diffusion.checkpoints.diffusers import DiffusersFolder, HubFolder, save_diffusers
@@ -18,6 +18,7 @@ FORMATS = {
     "original": "one .safetensors file in the original layout",
     "keras": "a folder of Keras 3's .weights.h5",
     "kerascv": "a folder of .h5 files that KerasCV loads",
+    "openvino": "a folder of models that OpenVINO runs, for drawing alone",
 }
 
 
@@ -29,9 +30,10 @@ def open_checkpoint(
     Args:
         weights: None for fresh random parameters; a preset's name ("emoji", "sd1.4",
             "sd2.1-base"; "kerascv" is the one that KerasCV has for `preset`); a folder in
-            diffusers' layout, of KerasCV's .h5 files or of Keras 3's .weights.h5; a file in the
-            original layout, .safetensors or .ckpt; "hf://owner/name", optionally with @revision or
-            /FILE.safetensors, on the Hugging Face Hub; or a `Reader`, as this function returns.
+            diffusers' layout, of KerasCV's .h5 files, of Keras 3's .weights.h5 or of OpenVINO's
+            .xml; a file in the original layout, .safetensors or .ckpt; "hf://owner/name",
+            optionally with @revision or /FILE.safetensors, on the Hugging Face Hub; or a `Reader`,
+            as this function returns.
         config: the `Config` where `weights` doesn't tell it; None is that of `preset`.
         preset: "SD1" or "SD2".
         prediction_type: what the model predicts, "epsilon" or "v_prediction"; None is what the
@@ -72,12 +74,14 @@ def _find(weights, config, preset, ema):
         return SingleFile(path, ema=ema)
     if (path / "model_index.json").is_file() or (path / "unet").is_dir():
         return DiffusersFolder(path)
+    if (path / "diffusion_model.xml").is_file():
+        return openvino.OpenVINOFolder(path)
     if path.is_dir() and any(path.glob("*.h5")):
         return KerasCVFolder(path, config)
     raise ValueError(
         f"weights must be None, a preset ({', '.join(['emoji', *PRESETS])}), a folder in "
-        f"diffusers' layout or of .h5 files, a .safetensors or .ckpt file in the original layout, "
-        f"or hf://owner/name, not {str(weights)!r}."
+        f"diffusers' layout, of .h5 or of OpenVINO's files, a .safetensors or .ckpt file in the "
+        f"original layout, or hf://owner/name, not {str(weights)!r}."
     )
 
 
@@ -105,7 +109,9 @@ def save(pipeline, path: str | Path, format: str = "diffusers", dtype: str | Non
     models = {part: getattr(pipeline, part) for part in PARTS}
     own = models["diffusion_model"].weights[0].dtype
     arguments = path, pipeline.config, models, pipeline.tokenizer
-    if format in ("keras", "kerascv"):
+    if format == "openvino":
+        openvino.save_openvino(*arguments, dtype)
+    elif format in ("keras", "kerascv"):
         if dtype not in (None, own):
             raise ValueError(f"The {format} format is written in the models' {own}, not {dtype}.")
         save_keras(*arguments, legacy=format == "kerascv")

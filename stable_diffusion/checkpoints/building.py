@@ -22,7 +22,7 @@ PARTS = {
 }
 ALIGNMENT = 64  # bytes; at such addresses the backends take memory over as it is
 _lock = threading.RLock()
-_loaded = WeakSet()  # the models that hold a checkpoint's parameters, as far as is known
+loaded = WeakSet()  # the models that hold a checkpoint's parameters, as far as is known
 
 
 def empty(shape, dtype, zeros=False):
@@ -124,7 +124,7 @@ class Reader:
             model = make(config=getattr(self.config, PARTS[part]), download_weights=False)
         self.load(part, model)
         if self.loads:
-            _loaded.add(model)
+            loaded.add(model)
         return model
 
     def load(self, part, model):
@@ -157,7 +157,7 @@ def release(pipeline, part: str):
     model = getattr(pipeline, f"_{part}")
     if model is None:
         return
-    if model not in _loaded or model in getattr(pipeline, "_lora_originals", {}):
+    if model not in loaded or model in getattr(pipeline, "_lora_originals", {}):
         raise ValueError(f"The {part} isn't its checkpoint's, and couldn't be loaded again.")
     setattr(pipeline, f"_{part}", None)
     del model

@@ -1,0 +1,175 @@
+"""A folder of models that OpenVINO runs by itself: the fastest on a CPU, soonest, in least memory.
+
+    model.save("folder", format="openvino")       # once, with KERAS_BACKEND=openvino
+    StableDiffusion(weights="folder")             # then, with any backend of Keras
+
+The files are OpenVINO's own (.xml and .bin). OpenVINO maps parameters
+into memory from the file, where Keras would hold two more copies, and knows all shapes when it
+compiles. It computes in bfloat16 where the processor can. Such models have the size of picture they
+were written for, draw, and do nothing else: no training, no LoRA, no encoding of pictures.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from stable_diffusion.checkpoints.building import Reader, loaded
+from stable_diffusion.checkpoints.diffusers_config import (
+    config_files,
+    read_config,
+    read_files,
+    read_tokenizer,
+    write_files,
+)
+from stable_diffusion.checkpoints.files import new_folder
+
+CONFIG = "config"  # subfolder
+PARTS = ("text_encoder", "diffusion_model", "decoder")
+
+
+class CompiledModel:
+    """A model in OpenVINO's format, with as much of a Keras model as drawing needs.
+
+    Args:
+        path: path of the .xml file.
+
+    Raises:
+        ValueError: OpenVINO can't read it, or isn't installed.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            import openvino
+        except ImportError as error:
+            raise ValueError(f"{path} needs the package openvino: pip install openvino") from error
+        self.path, self.name, self.core = path, path.stem, openvino.Core()
+        self.shapes = self.compiled = None
+        try:
+            self.graph = self.core.read_model(path)
+        except RuntimeError as error:
+            raise ValueError(f"{path} can't be read by OpenVINO: {error}") from error
+
+    def compile(self, jit_compile=None):
+        """Does nothing: what it is compiled for is known with the first inputs."""
+
+    @property
+    def weights(self):
+        """Not there.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self.path} is compiled: its parameters can't be read or changed.")
+
+    def predict_on_batch(self, inputs):
+        """Runs the model; the first run with a batch of another size compiles it.
+
+        Args:
+            inputs: array, or list or dict of arrays in the order of the model's inputs.
+
+        Returns:
+            float32 array.
+
+        Raises:
+            ValueError: inputs of other shapes than the model has.
+        """
+        inputs = inputs.values() if isinstance(inputs, dict) else inputs
+        inputs = [inputs] if hasattr(inputs, "shape") else list(inputs)
+        inputs = [np.asarray(x) for x in inputs]
+        shapes = [x.shape for x in inputs]
+        if shapes != self.shapes:
+            accepted = [port.get_partial_shape() for port in self.graph.inputs]
+            if len(shapes) != len(accepted) or not all(
+                shape.compatible(type(shape)(list(given)))
+                for shape, given in zip(accepted, shapes, strict=True)
+            ):
+                accepted = ", ".join(map(str, accepted))
+                raise ValueError(f"{self.path} takes inputs of shapes {accepted}, not {shapes}.")
+            graph = self.graph.clone()
+            graph.reshape({n: list(shape) for n, shape in enumerate(shapes)})
+            self.compiled, self.shapes = self.core.compile_model(graph, "CPU"), shapes
+        return self.compiled(inputs)[0]
+
+
+class OpenVINOFolder(Reader):
+    """Loads what `save_openvino` wrote.
+
+    Args:
+        folder: path of the folder.
+
+    Raises:
+        ValueError: there is no config in it; `build`: no such file.
+    """
+
+    loads = True
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.files = read_files(self.folder / CONFIG)
+        super().__init__(read_config(self.folder / CONFIG, self.files))
+
+    def tokenizer(self):
+        """Returns the tokenizer in the folder's `config`; CLIP's where there is none."""
+        return read_tokenizer(self.folder / CONFIG, self.files, self.config.text)
+
+    def build(self, part, make):
+        """Returns the `CompiledModel` of a part."""
+        path = self.folder / f"{part}.xml"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} has no {path.name}: it draws, and does nothing else.")
+        model = CompiledModel(path)
+        loaded.add(model)
+        return model
+
+
+def save_openvino(folder, config, models, tokenizer, dtype=None):
+    """Writes a folder of models for OpenVINO.
+
+    Args:
+        folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
+        config: the `Config` the models were built from.
+        models: dict from part to Keras model, of which `PARTS` are written.
+        tokenizer: the `SimpleTokenizer`.
+        dtype: of the parameters in the file: "float16", which None is, or "float32".
+
+    Raises:
+        ValueError: models or a dtype that can't be written, or a folder of something else.
+    """
+    if keras.backend.backend() != "openvino":
+        raise ValueError(
+            "The openvino format is written with KERAS_BACKEND=openvino (and read with any), not "
+            f"{keras.backend.backend()}."
+        )
+    if dtype not in (None, "float16", "float32"):
+        raise ValueError(f"The openvino format has float16 or float32, not {dtype}.")
+    import openvino
+
+    with new_folder(folder, CONFIG) as written:
+        size = models["decoder"].output_shape[1]
+        files = config_files(replace(config, size=size), models, tokenizer)
+        del files["model_index.json"]
+        write_files(written / CONFIG, files)
+        for part in PARTS:
+            path = written / f"{part}.xml"
+            openvino.save_model(_graph(models[part]), path, compress_to_fp16=dtype != "float32")
+
+
+def _graph(model):
+    """Returns a Keras model as OpenVINO's, for any number of pictures.
+
+    Keras' own `export` fixes that number, and can't call a model with several inputs.
+    """
+    import openvino
+
+    tensor = type(ops.convert_to_tensor(0.0))  # Keras has no public name for it
+    types = {"float32": openvino.Type.f32, "int32": openvino.Type.i32}
+    parameters = [
+        openvino.opset13.parameter([-1, *x.shape[1:]], types[x.dtype], name=x.name)
+        for x in model.inputs
+    ]
+    inputs = [tensor(parameter.output(0)) for parameter in parameters]
+    output = model(inputs if len(inputs) > 1 else inputs[0])
+    return openvino.Model([output.output], parameters, model.name)
