@@ -4,6 +4,7 @@
     python scripts/convert_checkpoint.py folder/ model.safetensors --dtype float16
     python scripts/convert_checkpoint.py sd1.4 kerascv/ --format kerascv
     python scripts/convert_checkpoint.py hf://owner/name folder/ --lora style.safetensors:0.8
+    KERAS_BACKEND=openvino python scripts/convert_checkpoint.py emoji folder/ --format openvino
 
 IN is whatever `StableDiffusion(weights=IN)` takes: a preset, a folder in diffusers' layout or of
 .h5 files, a .safetensors or .ckpt file, hf://owner/name. OUT appears whole or not at all.

@@ -32,10 +32,10 @@ class StableDiffusion:
         jit_compile: whether the backend's compiler is used: XLA on TensorFlow and JAX,
             `torch.compile` on PyTorch; OpenVINO always compiles and ignores it.
         weights: where the parameters come from: a preset ("emoji", "sd1.4", "sd2.1-base"); a folder
-            in diffusers' layout or of .h5 files; a .safetensors or .ckpt file in the original
-            layout; "hf://owner/name" on the Hugging Face Hub; None for fresh random ones; "kerascv"
-            is the preset that KerasCV has for the class, "sd1.4" here. For what a file doesn't
-            tell, see `checkpoints.open_checkpoint`, whose result can be passed, too.
+            in diffusers' layout, of .h5 files or of models for OpenVINO; a .safetensors or .ckpt
+            file in the original layout; "hf://owner/name" on the Hugging Face Hub; None for fresh
+            random ones; "kerascv" is the preset that KerasCV has for the class, "sd1.4" here. For
+            what a file doesn't tell, see `checkpoints.open_checkpoint`, whose result can be passed.
         config: a `Config`, the architecture where `weights` doesn't tell.
 
     Raises:
@@ -100,7 +100,8 @@ class StableDiffusion:
         Args:
             path: path of a new folder, or of a .safetensors file.
             format: "diffusers" (a folder), "original" (a single file), "keras" (a folder of
-                .weights.h5) or "kerascv" (a folder of .h5 files that KerasCV loads).
+                .weights.h5), "kerascv" (a folder of .h5 files that KerasCV loads) or "openvino" (a
+                folder of models that draw the fastest on a CPU, and do nothing else).
             dtype: "float32", "float16" or "bfloat16"; None is that of the parameters.
 
         Raises:

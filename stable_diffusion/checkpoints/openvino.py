@@ -1,12 +1,12 @@
-"""A folder of models that OpenVINO runs by itself: the fastest on a CPU, soonest, in least memory.
+"""A folder of models that OpenVINO runs by itself: the fastest way to draw on a CPU.
 
     model.save("folder", format="openvino")       # once, with KERAS_BACKEND=openvino
     StableDiffusion(weights="folder")             # then, with any backend of Keras
 
-The files are OpenVINO's own (.xml and .bin). OpenVINO maps parameters
-into memory from the file, where Keras would hold two more copies, and knows all shapes when it
-compiles. It computes in bfloat16 where the processor can. Such models have the size of picture they
-were written for, draw, and do nothing else: no training, no LoRA, no encoding of pictures.
+The files are OpenVINO's own (.xml and .bin). It maps parameters into memory, where Keras on
+OpenVINO holds a copy beside those that are compiled, and knows all shapes when it compiles. It
+computes in bfloat16 where the processor can. Such models have the size of picture they were written
+for, draw, and do nothing else: no training, no LoRA, no encoding of pictures.
 """
 
 from dataclasses import replace
