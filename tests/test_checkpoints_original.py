@@ -380,7 +380,7 @@ def test_every_format_to_every_other(version, tmp_path):
     first = Pipeline(config, random_models(config), tokenizer)
 
     def write(pipeline, name):
-        for format in FORMATS:
+        for format in (known for known in FORMATS if known != "openvino"):  # which is for drawing
             path = tmp_path / name / (f"{format}.safetensors" if format == "original" else format)
             path.parent.mkdir(exist_ok=True)
             save(pipeline, path, format)
