@@ -339,13 +339,13 @@ def is_drawn(path, chunks):
         return False
 
 
-def check_prompts(model, pictures):
-    """Raises a ValueError if one of the prompts is too long, before the first is drawn."""
+def check_lengths(model, texts):
+    """Raises a ValueError if one of the texts is too long, before the first picture is drawn."""
     from stable_diffusion.stable_diffusion import MAX_PROMPT_LENGTH
 
-    for prompt in dict.fromkeys(p for picture in pictures for p in vars(picture).values()):
-        if isinstance(prompt, str) and len(model.tokenizer.encode(prompt)) > MAX_PROMPT_LENGTH:
-            model.encode_text(prompt)  # which says so
+    for text in texts:
+        if len(model.tokenizer.encode(text)) > MAX_PROMPT_LENGTH:
+            model.encode_text(text)  # which says so
 
 
 def draw(args):
@@ -375,14 +375,14 @@ def draw(args):
             show("")
             complain(f"{len(pictures) - len(left)} of {len(pictures)} are drawn already", 0)
         pictures = left
-    check_prompts(model, pictures)
-    texts = [text for picture in pictures for text in (picture.prompt, picture.negative)]
+    texts = list(dict.fromkeys(text for p in pictures for text in (p.prompt, p.negative)))
+    check_lengths(model, texts)
     if unseen := get_unseen(model.checkpoint, texts):
         show("")
         complain(f"the weights never saw these words: {', '.join(unseen)}", 0)
     encoded = {}
     if not args.prompts:  # they are few; with all encoded, the encoder's memory can be freed
-        encoded = {text: model.encode_text(text) for text in dict.fromkeys(texts)}
+        encoded = {text: model.encode_text(text) for text in texts}
         if model.checkpoint.loads:
             checkpoints.release(model, "text_encoder")
 

@@ -86,7 +86,7 @@ def _find(weights, config, preset, ema):
 
 
 def save(pipeline, path: str | Path, format: str = "diffusers", dtype: str | None = None):
-    """Writes a pipeline's four parts, with what is needed to load them again.
+    """Writes a pipeline's four parts (for OpenVINO the three that draw), to be loaded again.
 
     Parts that are not built yet are built first. What was loaded into them, as LoRAs and
     embeddings, is written with them.
@@ -96,7 +96,8 @@ def save(pipeline, path: str | Path, format: str = "diffusers", dtype: str | Non
         path: path of the folder, or of the .safetensors file.
         format: a key of `FORMATS`.
         dtype: "float32", "float16" or "bfloat16"; None is that of the diffusion model's
-            parameters. The Keras formats have no other.
+            parameters. The Keras formats have no other; OpenVINO's has no bfloat16, and float16
+            where it is None.
 
     Raises:
         ValueError: an unknown format or dtype, a path that is something else already, or parameters
@@ -106,7 +107,8 @@ def save(pipeline, path: str | Path, format: str = "diffusers", dtype: str | Non
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    models = {part: getattr(pipeline, part) for part in PARTS}
+    parts = openvino.PARTS if format == "openvino" else PARTS
+    models = {part: getattr(pipeline, part) for part in parts}
     own = models["diffusion_model"].weights[0].dtype
     arguments = path, pipeline.config, models, pipeline.tokenizer
     if format == "openvino":

@@ -131,7 +131,7 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
     Args:
         folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
         config: the `Config` the models were built from.
-        models: dict from part to Keras model, of which `PARTS` are written.
+        models: dict from each of `PARTS` to its Keras model.
         tokenizer: the `SimpleTokenizer`.
         dtype: of the parameters in the file: "float16", which None is, or "float32".
 
