@@ -13,7 +13,6 @@ scripts/evaluate_emoji.py does.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -21,16 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-here = Path(__file__)
-spec = importlib.util.spec_from_file_location("evaluate_emoji", here.with_name("evaluate_emoji.py"))
-evaluation = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evaluation)
+import evaluate_emoji as evaluation
 
 REFERENCE = {"sampler": "ddim", "num_steps": 500}
 SAMPLERS = ("ddim", "dpmpp-2m", "unipc")
 INTERVALS = ((0, 800), (0, 600), (200, 800))  # timesteps with guidance
 CACHES = (2, 3, 5)  # steps that share deep features
 BATCH = 16  # pictures drawn at once
+WEIGHTS = Path(__file__).parents[1] / "weights" / "emoji"
 
 
 def draw(pipeline, prompts, **options):
@@ -120,7 +117,7 @@ def show(rows):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", default=str(here.parents[1] / "weights" / "emoji"))
+    parser.add_argument("--weights", default=str(WEIGHTS))
     parser.add_argument("--data", type=Path, help="what scripts/emoji_data.py wrote")
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 12, 15, 20, 30, 50])

@@ -18,7 +18,6 @@ In comments on shapes, N is the number of pictures.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,6 +27,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+import draw_character
+import emoji_data as emoji
+import evaluate_emoji as evaluation
 
 HERE = Path(__file__).parent
 NAME, TOKEN, WORD = "blip", "<blip>", "frog"
@@ -60,14 +63,6 @@ METHODS = {  # name to arguments of finetune.py, without the class prompts of Dr
         *("--prior-weight", "0"),
     ],
 }
-
-
-def load_script(name):
-    """Returns one of the other scripts as a module."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(command):
@@ -140,27 +135,25 @@ class Knowledge:
     """
 
     def __init__(self, data, folder):
-        self.script = data and load_script("evaluate_emoji")
+        self.pairs = None
         if data:
-            everything = self.script.emoji.load(data)
-            self.subjects, pictures = self.script.emoji.read_subjects(folder, *everything)
-            self.pairs = self.script.choose_pairs(self.subjects, PAIRS)
+            self.subjects, pictures = emoji.read_subjects(folder, *emoji.load(data))
+            self.pairs = evaluation.choose_pairs(self.subjects, PAIRS)
             colours = [colour for _, colour in self.pairs]
-            self.references = self.script.draw_references(pictures, colours)
+            self.references = evaluation.draw_references(pictures, colours)
 
     def __call__(self, pipeline):
-        if not self.script:
+        if not self.pairs:
             return {}
-        prompts = [self.script.emoji.caption(self.subjects[n], c) for n, c in self.pairs]
+        prompts = [emoji.caption(self.subjects[n], c) for n, c in self.pairs]
         drawn = draw(pipeline, prompts, list(range(len(prompts))))
-        return self.script.score(drawn, self.pairs, self.references)
+        return evaluation.score(drawn, self.pairs, self.references)
 
 
 def class_prompts(folder, backgrounds):
     """Returns prompts of subjects that the checkpoint knows, evenly chosen from its list."""
     subjects = (folder / "subjects.txt").read_text("utf-8").splitlines()
     chosen = np.linspace(0, len(subjects) - 1, min(CLASS_SUBJECTS, len(subjects))).astype(int)
-    emoji = load_script("emoji_data")
     return [
         emoji.caption(subjects[n], backgrounds[place % len(backgrounds)])
         for place, n in enumerate(chosen)
@@ -198,17 +191,16 @@ def demonstrate(args):
     """Does everything; returns the rows of the table, and writes the picture."""
     from stable_diffusion.checkpoints import open_checkpoint
 
-    character = load_script("draw_character")
     args.work.mkdir(parents=True, exist_ok=True)
     for folder, name in (("pictures", NAME), ("token", TOKEN)):
-        character.main([str(args.work / folder), "--name", name])
+        draw_character.main([str(args.work / folder), "--name", name])
     paths = sorted((args.work / "pictures").glob("*.png"))
     trained = np.stack([np.asarray(Image.open(path)) for path in paths])
     apart = distances(trained, trained)
     np.fill_diagonal(apart, np.inf)
 
     folder = open_checkpoint(args.weights).folder
-    backgrounds = list(character.BACKGROUNDS)
+    backgrounds = list(draw_character.BACKGROUNDS)
     knowledge = Knowledge(args.data, folder)
     rows = [{"method": "training pictures", "distance": float(apart.min(1).mean())}]
     grid = [np.hstack(trained[:COLUMNS])]

@@ -14,17 +14,13 @@ In comments on shapes, B is the number of pictures, N the number of subjects.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
-here = Path(__file__)
-spec = importlib.util.spec_from_file_location("emoji_data", here.with_name("emoji_data.py"))
-emoji = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(emoji)
+import emoji_data as emoji
 
 BORDER = 3  # pixels wide: thinner than the rim that every subject leaves
 STEPS, GUIDANCE = 50, 7.5  # the defaults of the pipeline

@@ -22,7 +22,6 @@ In comments on shapes, N is the number of latents, and h, w are their cells.
 
 import argparse
 import gzip
-import importlib.util
 import math
 import re
 import sys
@@ -36,6 +35,7 @@ import numpy as np
 from keras import ops
 from PIL import Image
 
+import emoji_data as emoji
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
 from stable_diffusion.__main__ import split_words
 from stable_diffusion.checkpoints import open_checkpoint
@@ -45,12 +45,8 @@ from stable_diffusion.checkpoints.presets import original
 from stable_diffusion.clip_tokenizer import NUM_PAIRS, WEIGHTS_DIR
 from stable_diffusion.noise_scheduler import timestep_embedding
 
-here = Path(__file__)
-spec = importlib.util.spec_from_file_location("emoji_data", here.with_name("emoji_data.py"))
-emoji = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(emoji)
-
 SIZE = 128  # pixels, 16x16 latent cells
+CHANNELS = 8  # of the latents; with Stable Diffusion's 4, so narrow a VAE blurs what is thin
 LENGTH = 77  # tokens
 CONFIG = original(
     Config(

@@ -1,17 +1,11 @@
 """What several test files use; the first two live in `scripts/compare_keras_cv.py`."""
 
-import sys
-from pathlib import Path
-
 import keras
 import pytest
 
+import compare_keras_cv
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig, VAEConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import compare_keras_cv  # noqa: E402
 
 
 @pytest.fixture(scope="session")

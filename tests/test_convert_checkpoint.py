@@ -1,6 +1,5 @@
 """The converter, on a tiny checkpoint: what each format holds when it has gone through."""
 
-import convert_checkpoint
 import keras
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ from keras import ops
 from safetensors.numpy import load_file, save_file
 from test_checkpoints_diffusers import check_equal, random_models
 
+import convert_checkpoint
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint
 from stable_diffusion.checkpoints.building import PARTS

@@ -6,23 +6,21 @@ parameters, on synthetic pictures, without graphs, which take longer to build th
 
 import csv
 import hashlib
-import importlib.util
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import train_emoji
 from stable_diffusion import Decoder, ImageEncoder, SimpleTokenizer, StableDiffusion
 from stable_diffusion.__main__ import get_unseen
 from stable_diffusion.checkpoints import open_checkpoint
 from stable_diffusion.checkpoints.config import TextConfig
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_emoji.py"
 NAMES = ["red apple", "octopus", "woman's hat"]
 RED, GREEN, BLUE = range(3)
 
@@ -83,9 +81,7 @@ def test_it_is_small_and_is_the_documented_one():
 @pytest.fixture
 def train(monkeypatch):
     """The script, with a tiny model."""
-    spec = importlib.util.spec_from_file_location("train_emoji", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = train_emoji
     config = replace(
         script.CONFIG,
         text=TextConfig(width=32, depth=1, heads=4, hidden=64),
@@ -296,7 +292,7 @@ def test_the_latents_of_a_killed_run_are_used(train, pictures, monkeypatch, tmp_
     assert len(drawn) == 4 + 8  # the first batch is compared, three were there
     assert latents.dtype == np.float16 and list(tmp_path.iterdir()) == [cache]
     batch = train.to_float(np.stack([draw(pictures, *scene) for scene in scenes]))
-    expected = np.asarray(train.moments(encoder).predict_on_batch(batch))[..., :4]
+    expected = np.asarray(train.moments(encoder).predict_on_batch(batch))[..., : train.CHANNELS]
     np.testing.assert_allclose(latents, expected, atol=2e-3)
 
     other = ImageEncoder(download_weights=False, config=train.CONFIG.vae)

@@ -3,20 +3,14 @@
 The references are a few shapes, not emoji; nothing is trained or downloaded.
 """
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import emoji_data as emoji
+import evaluate_emoji as evaluate
 import stable_diffusion
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_emoji.py"
-spec = importlib.util.spec_from_file_location("evaluate_emoji", SCRIPT)
-evaluate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evaluate)
-emoji = evaluate.emoji
 
 NAMES = ["octopus", "balloon", "rocket", "tulip", "pizza", "frog", "whale", "crown"]
 

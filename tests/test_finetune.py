@@ -4,12 +4,12 @@ The model is tiny. Its graphs would take longer to build than to run, so that it
 """
 
 import csv
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import keras
@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import demo_finetune as demo
+import draw_character
+import finetune as script
 from stable_diffusion import StableDiffusion
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 from stable_diffusion.training import callbacks, distribution
@@ -26,17 +29,10 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 OPTIONS = ["--steps", "4", "--batch", "2", "--rate", "1e-2", "--dropout", "0.5"]
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn") / "pictures"
-    assert load_script("draw_character").main([str(folder), "--count", "3"]) == 0
+    assert draw_character.main([str(folder), "--count", "3"]) == 0
     (folder / "bad.png").write_bytes(b"no picture")
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "bad.png", "text": "a blip"}\n')
@@ -53,7 +49,6 @@ def finetune(weights, pictures, monkeypatch):
 
     monkeypatch.setattr(keras.Model, "compile", compile)
     monkeypatch.delenv(distribution.PROCESSES, raising=False)
-    script = load_script("finetune")
 
     def run(*arguments, folder=pictures):
         command = [str(folder), "--weights", str(weights), *OPTIONS, *map(str, arguments)]
@@ -93,7 +88,7 @@ def test_a_run_leaves_what_it_says(finetune, weights, tmp_path, capsys):
     for path, size in ((work / "previews" / names[0], (128, 64)), (work / "loss.png", CURVE)):
         with Image.open(path) as picture:
             assert picture.size == size
-    if importlib.util.find_spec("tensorboard"):
+    if find_spec("tensorboard"):
         assert list((work / "tensorboard").iterdir())
     assert StableDiffusion(jit_compile=False, weights=weights).load_lora(out) is None
     # What is finished isn't trained again, and more steps go on.
@@ -233,13 +228,10 @@ def test_several_devices_need_jax(finetune, tmp_path, capsys):
 # --- Several devices and processes: the losses are those of one. ---------------------------------
 
 DEVICES = """\
-import importlib.util, sys
-import keras
+import sys
+import finetune, keras
 from stable_diffusion.training import distribution
 
-spec = importlib.util.spec_from_file_location("finetune", sys.argv[1])
-finetune = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(finetune)
 assert len(keras.distribution.list_devices()) == 4
 for kind in ([], ["--distribute", "data"], ["--distribute", "model", "--model-devices", "2"]):
     build = finetune.build
@@ -253,8 +245,8 @@ for kind in ([], ["--distribute", "data"], ["--distribute", "model", "--model-de
             assert sharded > 50, sharded
         return method
     finetune.build = check
-    out = sys.argv[2] + (kind[1] if kind else "one")
-    assert finetune.main([*sys.argv[3:], "--out", out, "--batch", "4", *kind]) == 0
+    out = sys.argv[1] + (kind[1] if kind else "one")
+    assert finetune.main([*sys.argv[2:], "--out", out, "--batch", "4", *kind]) == 0
     finetune.build = build
     keras.distribution.set_distribution(None)
 """
@@ -290,8 +282,9 @@ def command(weights, pictures):
 @pytest.mark.large
 def test_devices_have_the_losses_of_one(command, tmp_path):
     (tmp_path / "devices.py").write_text(DEVICES)
-    command = [tmp_path / "devices.py", SCRIPTS / "finetune.py", f"{tmp_path}/", *command]
-    finish(start(command, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
+    command = [tmp_path / "devices.py", f"{tmp_path}/", *command]
+    flags = "--xla_force_host_platform_device_count=4"
+    finish(start(command, XLA_FLAGS=flags, PYTHONPATH=str(SCRIPTS)))
     expected = losses(tmp_path / "one.work")
     assert losses(tmp_path / "data.work") == pytest.approx(expected, rel=1e-5)
     assert losses(tmp_path / "model.work") == pytest.approx(expected, rel=1e-5)
@@ -328,7 +321,6 @@ def free_port():
 @pytest.mark.large
 def test_the_demonstration(monkeypatch, tmp_path, capsys):
     """All of it, with two steps of two methods, on random pictures as data."""
-    demo = load_script("demo_finetune")
     for name in ("STEPS", "CLASS_SUBJECTS", "CLASS_PICTURES", "PAIRS"):
         monkeypatch.setattr(demo, name, 2)
     methods = {name: [*options, "--steps", "2"] for name, options in demo.METHODS.items()}

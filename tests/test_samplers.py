@@ -5,7 +5,6 @@ diffusers; needs neither diffusers nor torch. Errors are relative to the largest
 computes coefficients in float32, where UniPC's lose digits to cancellation.
 """
 
-import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import compare_samplers as script
 from stable_diffusion import NoiseScheduler
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 from stable_diffusion.samplers import SAMPLERS, find
@@ -149,10 +149,6 @@ def test_names():
 
 
 def test_the_script_compares(monkeypatch, tmp_path, capsys):
-    path = Path(__file__).parents[1] / "scripts" / "compare_samplers.py"
-    spec = importlib.util.spec_from_file_location("compare_samplers", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.setattr(script, "REFERENCE", {"sampler": "ddim", "num_steps": 3})
     monkeypatch.setattr(script, "INTERVALS", [(0, 600)])
     monkeypatch.setattr(script, "CACHES", [2])

@@ -1,7 +1,8 @@
 """Skips this folder, with the reason, where KerasCV can't be the reference."""
 
-import compare_keras_cv
 import pytest
+
+import compare_keras_cv
 
 REASON = compare_keras_cv.missing()
 

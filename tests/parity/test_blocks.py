@@ -7,7 +7,6 @@ largest value and gradients within 5e-6 of theirs, some dozens of roundings.
 import numpy as np
 import pytest
 import tensorflow as tf
-from compare_keras_cv import randomize, relative_error
 from keras import ops
 from keras_cv.src.models.stable_diffusion import (
     attention_block,
@@ -17,6 +16,7 @@ from keras_cv.src.models.stable_diffusion import (
     text_encoder,
 )
 
+from compare_keras_cv import randomize, relative_error
 from stable_diffusion.attention_block import Attention, AttentionBlock
 from stable_diffusion.checkpoints.presets import SD1, SD2, TINY
 from stable_diffusion.diffusion_model import GEGLU, DiffusionModel, SpatialTransformer

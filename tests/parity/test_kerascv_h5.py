@@ -7,11 +7,11 @@ on Keras 3 with the same file, on TensorFlow in float32: within 2e-5 of the larg
 import os
 import subprocess
 
-import compare_keras_cv
 import numpy as np
 import pytest
-from compare_keras_cv import build_pair, free_memory, random_inputs, relative_error
 
+import compare_keras_cv
+from compare_keras_cv import build_pair, free_memory, random_inputs, relative_error
 from stable_diffusion.checkpoints.kerascv import is_legacy
 
 PYTHON = os.environ.get("KERASCV2_PYTHON")

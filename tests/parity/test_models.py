@@ -6,12 +6,12 @@ The output of every layer agrees within 1e-5 of its largest value, each gradient
 
 from math import prod
 
-import compare_keras_cv
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import compare_keras_cv
 from stable_diffusion import DiffusionModel
 from stable_diffusion.checkpoints.presets import SD1, SD1_INPAINTING
 from stable_diffusion.noise_scheduler import timestep_embedding

@@ -8,12 +8,12 @@ here are float64 always; so tolerances in float32 tell the reference's accuracy.
 import keras
 import numpy as np
 import pytest
-from compare_keras_cv import relative_error
 from keras import ops
 from keras_cv.models.stable_diffusion import NoiseScheduler as KerasCVScheduler
 from keras_cv.src.models.stable_diffusion.constants import _ALPHAS_CUMPROD
 from keras_cv.src.models.stable_diffusion.stable_diffusion import StableDiffusionBase
 
+from compare_keras_cv import relative_error
 from stable_diffusion import NoiseScheduler, StableDiffusion
 from stable_diffusion.checkpoints.config import SD1
 

@@ -8,11 +8,11 @@ more than 1 of 255 apart, and fewer than one in a hundred is.
 from functools import partial
 from types import SimpleNamespace
 
-import compare_keras_cv
 import keras_cv
 import numpy as np
 import pytest
 
+import compare_keras_cv
 import stable_diffusion
 from stable_diffusion.checkpoints.presets import TINY, TINY_V2
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR

@@ -1,11 +1,11 @@
 """KerasCV loads the .h5 files that are written here, bit for bit, in full size."""
 
-import compare_keras_cv
 import numpy as np
 import pytest
-from compare_keras_cv import build_pair, free_memory, randomize
 from keras import ops
 
+import compare_keras_cv
+from compare_keras_cv import build_pair, free_memory, randomize
 from stable_diffusion.checkpoints.kerascv import save_legacy
 
 SIZE = 64
