@@ -13,7 +13,7 @@ from PIL import Image
 
 from stable_diffusion import StableDiffusion
 
-SUBJECTS = ["red apple", "banana", "strawberry", "lemon", "cat face", "dog face", "frog", "panda"]
+SUBJECTS = ["red apple", "cat face", "panda", "pizza", "rocket", "owl", "guitar", "grinning face"]
 COLOURS = ["blue", "green", "white", "black"]
 PROMPT, STEPS = "a red apple on a blue background", [1, 2, 3, 5, 10, 15, 25, 50]
 GAP = 8  # white pixels above the last row

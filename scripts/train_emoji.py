@@ -57,9 +57,17 @@ CONFIG = original(
             attention=(False, True, True),
             context_width=128,
             res_blocks=1,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
             groups=16,
         ),
-        vae=VAEConfig(widths=(16, 32, 64, 96), res_blocks=1, groups=8, scaling_factor=1.0),
+        vae=VAEConfig(
+            widths=(16, 32, 64, 96),
+            res_blocks=1,
+            latent_channels=CHANNELS,
+            groups=8,
+            scaling_factor=1.0,
+        ),
         size=SIZE,
     )
 )
@@ -541,7 +549,7 @@ def train_diffusion(data, pipeline, folder, epochs):
 
 def train(args):
     """Trains what is not trained yet, and writes the checkpoint."""
-    names, pictures = everything = emoji.load(args.data)
+    names, pictures = emoji.load(args.data)
     how_long = args.work / "vae", args.vae_epochs, args.steps
     args.work.mkdir(parents=True, exist_ok=True)
     if args.init:
@@ -549,14 +557,14 @@ def train(args):
         pipeline = StableDiffusion(jit_compile=False, weights=args.init)
         encoder = pipeline.image_encoder
         if args.vae_epochs:
-            vae = train_vae(*everything, *how_long, begun=args.init, freeze=True)
+            vae = train_vae(names, pictures, *how_long, begun=args.init, freeze=True)
             pipeline.decoder.set_weights(load_vae(vae)[1].get_weights())
     else:
+        names, pictures = emoji.distinct(names, pictures, SUBJECTS)
         vae = args.vae
         if args.vae_epochs:
-            vae = train_vae(*everything, *how_long, begun=args.vae)
+            vae = train_vae(names, pictures, *how_long, begun=args.vae)
         encoder, decoder, vae_config = load_vae(vae)
-        names, pictures = emoji.distinct(names, pictures, SUBJECTS)
     scenes, words = list_scenes(names), list_words(names)
     latents = encode_scenes(scenes, pictures, encoder, args.work / "latents.npy")
     if not args.init:

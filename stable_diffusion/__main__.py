@@ -37,8 +37,8 @@ picture goes to --out FOLDER under the number of its line and its name, as 00001
 start from 0 unless --seed is given. What the folder has already, drawn with the same options, isn't
 drawn again: a command that was interrupted goes on where it stopped.
 
-Weights: "emoji" is part of the package, a small model that draws fruits and faces of animals on
-coloured backgrounds. "sd1.4" and "sd2.1-base" are downloaded on first use, some gigabytes; their
+Weights: "emoji" is part of the package, a small model that draws 520 kinds of emoji on coloured
+backgrounds. "sd1.4" and "sd2.1-base" are downloaded on first use, some gigabytes; their
 licence is CreativeML Open RAIL-M. Anything else is a path: of a folder in diffusers' layout, of
 KerasCV's .h5 files or of models for OpenVINO, or of a .safetensors or .ckpt file in the original
 layout; or hf://owner/name, on the Hugging Face Hub.
