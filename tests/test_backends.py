@@ -62,11 +62,13 @@ import numpy as np
 
 from stable_diffusion import StableDiffusion
 
-images = StableDiffusion(weights="emoji", jit_compile=False).text_to_image(
+model = StableDiffusion(weights="emoji", jit_compile=False)
+shape = (2, 16, 16, model.config.vae.latent_channels)
+images = model.text_to_image(
     ["a red apple on a blue background", "a cat face on a green background"],
     num_steps=10,
     verbose=0,
-    diffusion_noise=np.random.default_rng(0).standard_normal((2, 16, 16, 4)),
+    diffusion_noise=np.random.default_rng(0).standard_normal(shape),
 )
 np.savez(sys.argv[1], images=images)
 """
@@ -91,7 +93,8 @@ save_file(halves, lora)
 
 
 def draw(deep_cache):
-    noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4))
+    shape = (1, 16, 16, model.config.vae.latent_channels)
+    noise = np.random.default_rng(0).standard_normal(shape)
     prompt = "a red apple on a blue background"
     options = {"num_steps": 3, "verbose": 0, "diffusion_noise": noise, "deep_cache": deep_cache}
     return model.text_to_image(prompt, **options)

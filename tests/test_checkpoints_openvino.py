@@ -21,7 +21,9 @@ PROMPTS = ["a red apple on a blue background", "a cat face on a green background
 SAVE = """
 import sys
 from stable_diffusion import StableDiffusion
-StableDiffusion(weights=sys.argv[1], jit_compile=False).save(sys.argv[2], format="openvino")
+model = StableDiffusion(weights=sys.argv[1], jit_compile=False)
+for dtype in ("float16", "bfloat16"):
+    model.save(f"{sys.argv[2]}/{dtype}", format="openvino", dtype=dtype)
 """
 needs_openvino = pytest.mark.skipif(
     not (find_spec("openvino") and find_spec("scipy")), reason="openvino or scipy isn't installed"
@@ -40,10 +42,15 @@ def save(weights, folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "emoji"
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
     save("emoji", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(folders):
+    return folders / "float16"
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +59,16 @@ def model(folder):
 
 
 def draw(model, prompts):
-    noise = np.random.default_rng(0).standard_normal((2, 16, 16, 4))[: len(prompts)]
+    shape = (2, 16, 16, model.config.vae.latent_channels)
+    noise = np.random.default_rng(0).standard_normal(shape)[: len(prompts)]
     return model.text_to_image(prompts, num_steps=10, diffusion_noise=noise, verbose=0)
 
 
 @needs_openvino
-def test_it_draws_the_same_pictures(model):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_it_draws_the_same_pictures(folders, dtype):
     """In bfloat16 where the processor can; 47 dB are seen there."""
+    model = StableDiffusion(weights=folders / dtype, jit_compile=False)
     expected = draw(StableDiffusion(weights="emoji", jit_compile=False), PROMPTS)
     for count in (2, 1):  # another batch size is compiled anew
         error = (draw(model, PROMPTS[:count]).astype("float64") - expected[:count]) ** 2
@@ -67,7 +77,9 @@ def test_it_draws_the_same_pictures(model):
 
 
 @needs_openvino
-def test_it_is_in_float16_and_nothing_else_is_there(folder):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_it_takes_two_bytes_a_parameter_and_nothing_else_is_there(folders, dtype):
+    folder = folders / dtype
     names = sorted(path.name for path in folder.iterdir())
     parts = ("text_encoder", "diffusion_model", "decoder")
     assert names == sorted(["config", *(f"{p}.{end}" for p in parts for end in ("xml", "bin"))])
@@ -85,7 +97,7 @@ def test_what_it_cannot_is_said(model, folder, tmp_path):
         model.text_to_image("a", deep_cache=2, verbose=0)
     with pytest.raises(ValueError, match="parameters can't be read or changed"):
         _ = model.diffusion_model.weights
-    with pytest.raises(ValueError, match=r"takes inputs of shapes \[\?,16,16,4\].*, not"):
+    with pytest.raises(ValueError, match=r"takes inputs of shapes \[\?,16,16,8\].*, not"):
         StableDiffusion(64, 64, jit_compile=False, weights=folder).text_to_image("a", verbose=0)
     release(model, "text_encoder")
     assert model._text_encoder is None and len(model.encode_text("a")) == 1

@@ -96,8 +96,8 @@ def save(pipeline, path: str | Path, format: str = "diffusers", dtype: str | Non
         path: path of the folder, or of the .safetensors file.
         format: a key of `FORMATS`.
         dtype: "float32", "float16" or "bfloat16"; None is that of the diffusion model's
-            parameters. The Keras formats have no other; OpenVINO's has no bfloat16, and float16
-            where it is None.
+            parameters. The Keras formats have no other; OpenVINO's takes None as bfloat16
+            where the processor computes in it, else as float16.
 
     Raises:
         ValueError: an unknown format or dtype, a path that is something else already, or parameters

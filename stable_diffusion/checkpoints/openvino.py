@@ -28,6 +28,7 @@ from stable_diffusion.checkpoints.files import new_folder
 
 CONFIG = "config"  # subfolder
 PARTS = ("text_encoder", "diffusion_model", "decoder")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class CompiledModel:
@@ -133,7 +134,8 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
         config: the `Config` the models were built from.
         models: dict from each of `PARTS` to its Keras model.
         tokenizer: the `SimpleTokenizer`.
-        dtype: of the parameters in the file: "float16", which None is, or "float32".
+        dtype: of the parameters in the file, one of `DTYPES`. None is "bfloat16" where the
+            processor computes in it, else "float16".
 
     Raises:
         ValueError: models or a dtype that can't be written, or a folder of something else.
@@ -143,9 +145,12 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
             "The openvino format is written with KERAS_BACKEND=openvino (and read with any), not "
             f"{keras.backend.backend()}."
         )
-    if dtype not in (None, "float16", "float32"):
-        raise ValueError(f"The openvino format has float16 or float32, not {dtype}.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"The openvino format has {', '.join(DTYPES)}, not {dtype}.")
     import openvino
+
+    can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    dtype = dtype or ("bfloat16" if "BF16" in can else "float16")
 
     with new_folder(folder, CONFIG) as written:
         size = models["decoder"].output_shape[1]
@@ -153,8 +158,10 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
         del files["model_index.json"]
         write_files(written / CONFIG, files)
         for part in PARTS:
-            path = written / f"{part}.xml"
-            openvino.save_model(_graph(models[part]), path, compress_to_fp16=dtype != "float32")
+            graph, path = _graph(models[part]), written / f"{part}.xml"
+            if dtype == "bfloat16":
+                _narrow(graph)
+            openvino.save_model(graph, path, compress_to_fp16=dtype == "float16")
 
 
 def _graph(model):
@@ -173,3 +180,37 @@ def _graph(model):
     inputs = [tensor(parameter.output(0)) for parameter in parameters]
     output = model(inputs if len(inputs) > 1 else inputs[0])
     return openvino.Model([output.output], parameters, model.name)
+
+
+def _narrow(graph):
+    """Turns a graph in float32 into one in bfloat16, with the same inputs and outputs.
+
+    OpenVINO computes graphs of all dtypes in bfloat16 where the processor can. But it takes the
+    time and the memory to make float32 of other parameters first.
+    """
+    import openvino
+    from openvino import opset13
+
+    def redirect(output, new):
+        for user in output.get_target_inputs():
+            user.replace_source_output(new.output(0))
+
+    for node in graph.get_ordered_ops():
+        kind = node.get_type_name()
+        if node.get_output_size() != 1 or node.get_element_type() != openvino.Type.f32:
+            continue
+        if kind == "Constant":
+            tensor = openvino.Tensor(openvino.Type.bf16, node.shape)
+            tensor.data.view("uint16")[...] = node.data.astype("bfloat16").view("uint16")
+            redirect(node.output(0), openvino.op.Constant(tensor, shared_memory=False))
+        elif kind == "Convert":
+            node.set_attribute("destination_type", "bf16")
+        elif kind == "Parameter":
+            users = node.output(0).get_target_inputs()
+            narrow = opset13.convert(node, "bf16").output(0)
+            for user in users:
+                user.replace_source_output(narrow)
+    for result in graph.get_results():
+        wide = opset13.convert(result.input_value(0), "f32")
+        result.input(0).replace_source_output(wide.output(0))
+    graph.validate_nodes_and_infer_types()

@@ -4,7 +4,7 @@ Each item of a batch has its own random numbers, which follow from the run's see
 item's place in the run alone. So a batch is the same wherever and whenever it is drawn: after a
 run was stopped, and in whichever process.
 
-In comments on shapes, B is the number of items, h w are latent cells, C is 4.
+In comments on shapes, B is the number of items, h w are latent cells, C its channels.
 """
 
 from dataclasses import dataclass
