@@ -69,7 +69,7 @@ def test_the_image_encoder_inverts_the_decoder(model):
 
 def test_it_is_small_and_is_the_documented_one():
     files = [path for path in (WEIGHTS_DIR / "emoji").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert sum(path.stat().st_size for path in files) <= 26e6
     unet = WEIGHTS_DIR / "emoji" / "unet" / "diffusion_pytorch_model.safetensors"
     documented = re.findall(r"`([0-9a-f]{64})`", (WEIGHTS_DIR / "README.md").read_text("utf-8"))
     assert hashlib.sha256(unet.read_bytes()).hexdigest() in documented
