@@ -270,7 +270,7 @@ def test_embedded_checkpoint():
     """It is a folder of diffusers' layout itself; diffusers draws the same from it."""
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
     ours = StableDiffusion(jit_compile=False, weights="emoji")
-    start = noise(1, 16, 16, 4)
+    start = noise(1, 16, 16, ours.config.vae.latent_channels)
     drawn = theirs(
         PROMPT,
         negative_prompt=NEGATIVE,
