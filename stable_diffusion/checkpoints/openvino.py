@@ -191,26 +191,23 @@ def _narrow(graph):
     import openvino
     from openvino import opset13
 
-    def redirect(output, new):
-        for user in output.get_target_inputs():
-            user.replace_source_output(new.output(0))
+    def feed(users, node):
+        for user in users:
+            user.replace_source_output(node.output(0))
 
     for node in graph.get_ordered_ops():
         kind = node.get_type_name()
         if node.get_output_size() != 1 or node.get_element_type() != openvino.Type.f32:
             continue
+        users = node.output(0).get_target_inputs()
         if kind == "Constant":
             tensor = openvino.Tensor(openvino.Type.bf16, node.shape)
             tensor.data.view("uint16")[...] = node.data.astype("bfloat16").view("uint16")
-            redirect(node.output(0), openvino.op.Constant(tensor, shared_memory=False))
+            feed(users, openvino.op.Constant(tensor, shared_memory=False))
+        elif kind == "Parameter":
+            feed(users, opset13.convert(node, "bf16"))
         elif kind == "Convert":
             node.set_attribute("destination_type", "bf16")
-        elif kind == "Parameter":
-            users = node.output(0).get_target_inputs()
-            narrow = opset13.convert(node, "bf16").output(0)
-            for user in users:
-                user.replace_source_output(narrow)
     for result in graph.get_results():
-        wide = opset13.convert(result.input_value(0), "f32")
-        result.input(0).replace_source_output(wide.output(0))
+        feed([result.input(0)], opset13.convert(result.input_value(0), "f32"))
     graph.validate_nodes_and_infer_types()
