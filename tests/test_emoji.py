@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import train_emoji
+import train_emoji as script
 from stable_diffusion import Decoder, ImageEncoder, SimpleTokenizer, StableDiffusion
 from stable_diffusion.__main__ import get_unseen
 from stable_diffusion.checkpoints import open_checkpoint
@@ -81,7 +81,6 @@ def test_it_is_small_and_is_the_documented_one():
 @pytest.fixture
 def train(monkeypatch):
     """The script, with a tiny model."""
-    script = train_emoji
     config = replace(
         script.CONFIG,
         text=TextConfig(width=32, depth=1, heads=4, hidden=64),
