@@ -41,9 +41,9 @@ def attention(query, key, value, heads, causal=False):
         weights = ops.softmax(ops.einsum("btnh,bsnh->bnts", q * q.shape[-1] ** -0.5, k))
         return ops.einsum("bnts,bsnh->btnh", weights, v)
 
-    # Some queries at a time take less memory; PyTorch's kernels do so by themselves.
+    # Some queries at a time take less memory; kernels of PyTorch and OpenVINO do so by themselves.
     count, some = q.shape[1], max(1, MOST_SCORES // (heads * (k.shape[1] or 1)))
-    whole = causal or not count or count <= some or backend.backend() == "torch"
+    whole = causal or not count or count <= some or backend.backend() in ("torch", "openvino")
     parts = [q] if whole else ops.split(q, list(range(some, count, some)), axis=1)
     out = ops.cast(ops.concatenate([attend(x) for x in parts], axis=1), query.dtype)
     return ops.reshape(out, (-1, *ops.shape(query)[1:]))

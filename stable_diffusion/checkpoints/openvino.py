@@ -161,6 +161,8 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
             graph, path = _graph(models[part]), written / f"{part}.xml"
             if dtype == "bfloat16":
                 _narrow(graph)
+            _multiply(graph)
+            _fold(graph)
             openvino.save_model(graph, path, compress_to_fp16=dtype == "float16")
 
 
@@ -191,10 +193,6 @@ def _narrow(graph):
     import openvino
     from openvino import opset13
 
-    def feed(users, node):
-        for user in users:
-            user.replace_source_output(node.output(0))
-
     for node in graph.get_ordered_ops():
         kind = node.get_type_name()
         if node.get_output_size() != 1 or node.get_element_type() != openvino.Type.f32:
@@ -203,11 +201,51 @@ def _narrow(graph):
         if kind == "Constant":
             tensor = openvino.Tensor(openvino.Type.bf16, node.shape)
             tensor.data.view("uint16")[...] = node.data.astype("bfloat16").view("uint16")
-            feed(users, openvino.op.Constant(tensor, shared_memory=False))
+            _feed(users, openvino.op.Constant(tensor, shared_memory=False))
         elif kind == "Parameter":
-            feed(users, opset13.convert(node, "bf16"))
+            _feed(users, opset13.convert(node, "bf16"))
         elif kind == "Convert":
             node.set_attribute("destination_type", "bf16")
     for result in graph.get_results():
-        feed([result.input(0)], opset13.convert(result.input_value(0), "f32"))
+        _feed([result.input(0)], opset13.convert(result.input_value(0), "f32"))
     graph.validate_nodes_and_infer_types()
+
+
+def _feed(users, node):
+    for user in users:
+        user.replace_source_output(node.output(0))
+
+
+def _multiply(graph):
+    """Turns 1x1 convolutions into matrix products.
+
+    OpenVINO convolves with channels first, Keras here with channels last: a product spares the
+    transposes before and after.
+    """
+    from openvino import opset13
+
+    def transposes(node):
+        return node.get_type_name() == "Transpose"
+
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "Convolution" or list(node.input(1).get_shape())[2:] != [1, 1]:
+            continue
+        before, kernel = (node.input_value(n) for n in (0, 1))
+        users = [user.get_node() for user in node.output(0).get_target_inputs()]
+        if transposes(before.get_node()) and all(map(transposes, users)):
+            matrix = opset13.reshape(kernel, list(kernel.get_shape())[:2], special_zero=False)
+            product = opset13.matmul(before.get_node().input_value(0), matrix, False, True)
+            for user in users:
+                _feed(user.output(0).get_target_inputs(), product)
+
+
+def _fold(graph):
+    """Computes all that depends on parameters alone, above all kernels in OpenVINO's layout.
+
+    OpenVINO would do so each time it compiles, and hold the results beside the parameters.
+    """
+    from openvino import passes
+
+    manager = passes.Manager()
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(graph)
