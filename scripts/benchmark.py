@@ -8,9 +8,10 @@
 Every measurement is a process of its own, and the routes take turns, --runs times: what else the
 machine does hits all of them. A process builds a Stable Diffusion 1 in full size with random
 parameters and runs once (first), then --repeat times (warm). Reported are medians over all
-processes; "memory" is the peak of the whole process (Linux). "of peak" is the share of what a
-product of large matrices reaches on this machine, in the same run, in the best library and dtype
-that the route may use.
+processes; "GiB" is the peak memory of the whole process, "own" without the pages of files, such as
+OpenVINO's and safetensors', that the system takes back when it needs them (Linux). "of peak" is
+the share of what a product of large matrices reaches on this machine, in the same run, in the best
+library and dtype that the route may use.
 
 "picture" draws with guidance and DDIM, --steps steps. "cold" is from the start of the process to
 the end of the first step, with parameters from files that --make writes into --files: KerasCV's
@@ -66,10 +67,13 @@ def missing(route):
     return next((name for name in needs[library] if not importlib.util.find_spec(name)), None)
 
 
-def peak_memory():
-    """Returns the largest resident memory of this process so far, in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+def memory(kind, process="self"):
+    """Returns what Linux tells of a process' memory, in bytes; 0 if the process has ended.
+
+    "VmHWM" is the largest resident memory so far, "RssAnon" the present one without that of files.
+    """
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)), 0)
 
 
 # --- What a process of one route does: each returns a function that runs once. -------------------
@@ -258,7 +262,7 @@ def work(args):
         times.append(time.perf_counter() - start)
         busy.append(time.process_time() - used)
     result = {"built": built, "first": times[0], "warm": times[1:], "busy": busy[1:]}
-    print(json.dumps(result | {"memory": peak_memory()}))
+    print(json.dumps(result | {"memory": memory("VmHWM")}))
 
 
 def multiply(args):
@@ -297,14 +301,20 @@ def process(backend, *arguments):
     if backend:
         environment["KERAS_BACKEND"] = backend
     command = [sys.executable, __file__, *map(str, arguments)]
+    pipes, own, output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, 0, None
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as child:
+        while output is None:
+            try:
+                output, errors = child.communicate(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                own = max(own, memory("RssAnon", child.pid))
     seconds = time.perf_counter() - start
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+    if child.returncode:
+        lines = errors.strip().splitlines() or [f"status {child.returncode}"]
         print(f"{' '.join(map(str, arguments))} failed: {lines[-1][:300]}", file=sys.stderr)
         return None
-    return {"process": seconds, **json.loads(done.stdout.splitlines()[-1])}
+    return {"process": seconds, "own": own, **json.loads(output.splitlines()[-1])}
 
 
 def measure_peaks(repeat):
@@ -358,6 +368,7 @@ def summarise(args, what, batch, results, peaks):
         )
         row["built"] = statistics.median(result["built"] for result in found)
         row["memory"] = statistics.median(result["memory"] for result in found)
+        row["own"] = statistics.median(result["own"] for result in found)
         row["warm"] = statistics.median(warm) if warm else row["first"]
         busy = [seconds for result in found for seconds in result["busy"]]
         row["busy"] = statistics.median(busy) if busy else float("nan")
@@ -371,7 +382,8 @@ def summarise(args, what, batch, results, peaks):
     base = next((row for row in rows if row["route"] == BASE), rows[0] if rows else None)
     for row in rows:
         row["times_faster"] = base["warm"] / row["warm"]
-        row["memory_ratio"] = row["memory"] / base["memory"]
+        for kind in ("memory", "own"):
+            row[f"{kind}_ratio"] = row[kind] / base[kind]
     return rows
 
 
@@ -381,7 +393,7 @@ def show(rows):
     print(f"\n{first['what']}, batch {first['batch']}")
     print(
         f"{'':28}{'build s':>9}{'first s':>9}{'warm s':>9}{'CPU s':>8}{'faster':>8}"
-        f"{'a minute':>10}{'of peak':>9}{'GiB':>7}{'of base':>9}"
+        f"{'a minute':>10}{'of peak':>9}{'GiB':>7}{'of base':>9}{'own':>7}{'of base':>9}"
     )
     for row in rows:
         peak = f"{100 * row['of_peak']:8.0f}%" if "of_peak" in row else f"{'':9}"
@@ -389,6 +401,7 @@ def show(rows):
             f"{row['route']:28}{row['built']:9.1f}{row['first']:9.2f}{row['warm']:9.2f}"
             f"{row['busy']:8.2f}{row['times_faster']:7.2f}x{row['per_minute']:10.2f}{peak}"
             f"{row['memory'] / 2**30:7.1f}{row['memory_ratio']:9.2f}"
+            f"{row['own'] / 2**30:7.1f}{row['own_ratio']:9.2f}"
         )
 
 
