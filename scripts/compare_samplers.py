@@ -23,7 +23,7 @@ import numpy as np
 import evaluate_emoji as evaluation
 
 REFERENCE = {"sampler": "ddim", "num_steps": 500}
-SAMPLERS = ("ddim", "dpmpp-2m", "unipc")
+SAMPLERS = ("ddim", "dpmpp-2m", "dpmpp-2m-quadratic", "unipc")
 INTERVALS = ((0, 800), (0, 600), (200, 800))  # timesteps with guidance
 CACHES = (2, 3, 5)  # steps that share deep features
 BATCH = 16  # pictures drawn at once

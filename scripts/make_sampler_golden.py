@@ -19,6 +19,7 @@ FILE = Path(__file__).parents[1] / "tests" / "data" / "sampler_golden.npz"
 SAMPLERS = {
     "ddim": DDIMScheduler,
     "dpmpp-2m": DPMSolverMultistepScheduler,
+    "dpmpp-2m-quadratic": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
@@ -45,7 +46,11 @@ def follow(sampler, betas, spacing, prediction, noise, steps):
         steps_offset=SPACINGS[spacing],
         **options,
     )
-    scheduler.set_timesteps(steps)
+    if sampler == "dpmpp-2m-quadratic":
+        squares = [round(999 * (n / max(steps - 1, 1)) ** 2) for n in range(steps)]
+        scheduler.set_timesteps(timesteps=squares[::-1] if steps > 1 else [999])
+    else:
+        scheduler.set_timesteps(steps)
     latent, latents = noise, []
     for timestep in scheduler.timesteps:
         latent = scheduler.step(predict(latent, int(timestep)), timestep, latent).prev_sample
@@ -61,8 +66,11 @@ def main():
     noise = torch.randn(1, 2, 3, 2, generator=torch.Generator().manual_seed(0))
     arrays = {"noise": noise.numpy()}
     for names in itertools.product(SAMPLERS, BETAS, SPACINGS, PREDICTIONS):
-        if names[0] == "ddim" and names[2] != "leading":
-            continue  # there its steps don't end where the next ones start
+        # DDIM's steps don't end where the next ones start with other spacings; the quadratic ones
+        # replace them all.
+        only = {"ddim": "leading", "dpmpp-2m-quadratic": "linspace"}
+        if names[2] != only.get(names[0], names[2]):
+            continue
         runs = [follow(*names, noise, steps) for steps in STEPS]  # one after the other
         timesteps, latents = (np.concatenate(arrays) for arrays in zip(*runs, strict=True))
         arrays["/".join(names) + "/timesteps"] = timesteps.astype("int16")

@@ -53,7 +53,8 @@ examples:
 
 exit status: 0 done, 1 failed, 2 arguments that can't be used, 130 interrupted
 """
-SAMPLERS = ("ddim", "dpmpp-2m", "unipc")  # those of `samplers.SAMPLERS`, which takes Keras
+# Those of `samplers.SAMPLERS`, whose import takes Keras.
+SAMPLERS = ("ddim", "dpmpp-2m", "dpmpp-2m-quadratic", "unipc")
 DTYPES = ("float32", "bfloat16", "float16")
 KEYS = {"prompt": str, "negative": str, "seed": int}  # of a line in JSON
 SEEDS = 2**32  # Keras takes a seed as an unsigned 32-bit integer

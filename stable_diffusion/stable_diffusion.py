@@ -210,7 +210,8 @@ class StableDiffusion:
             verbose: 0 for no progress bar.
             callback: called after each step with `(step, timestep, latent)`: ints from 0 and from
                 the training schedule, float32 array `(batch_size, h, w, 4)`.
-            sampler: "ddim" (KerasCV's), "dpmpp-2m", "unipc", or a generator function as they are.
+            sampler: "ddim" (KerasCV's), "dpmpp-2m", "dpmpp-2m-quadratic", "unipc", or a generator
+                function as they are.
             guidance_interval: first and last timestep with guidance, see `samplers.Guided`.
             deep_cache: how many steps share the UNet's deep features, see `samplers.DeepCache`; 1
                 is exact.

@@ -55,8 +55,9 @@ def make_schedule(betas="scaled_linear", spacing="linspace", prediction="epsilon
     [
         names
         for names in itertools.product(SAMPLERS, BETAS, SPACINGS, PREDICTIONS)
-        # diffusers' DDIM steps don't end where the next ones start, but with this spacing.
-        if names[0] != "ddim" or names[2] == "leading"
+        # diffusers' DDIM steps don't end where the next ones start, but with this spacing; the
+        # quadratic ones replace them all.
+        if names[2] == {"ddim": "leading", "dpmpp-2m-quadratic": "linspace"}.get(names[0], names[2])
     ],
 )
 def test_each_step_is_diffusers(golden, name, betas, spacing, prediction):
@@ -84,7 +85,7 @@ def solve(name, num_steps, **options):
     return latent
 
 
-@pytest.mark.parametrize("name", ["dpmpp-2m", "unipc"])
+@pytest.mark.parametrize("name", list(SAMPLERS)[1:])
 @pytest.mark.parametrize("prediction", PREDICTIONS[:2])
 def test_all_solve_the_same_equation(name, prediction):
     """In 250 steps they arrive where DDIM arrives in 999; and in 25 steps nearer than DDIM."""
@@ -95,7 +96,7 @@ def test_all_solve_the_same_equation(name, prediction):
     assert errors[0] < errors[1] / 2
 
 
-@pytest.mark.parametrize("name", ["dpmpp-2m", "unipc"])
+@pytest.mark.parametrize("name", list(SAMPLERS)[1:])
 def test_one_evaluation_a_step(name):
     seen = []
 
@@ -108,7 +109,7 @@ def test_one_evaluation_a_step(name):
     assert len(seen) == len(steps) == 7 and [t for t, _ in steps] == seen
 
 
-@pytest.mark.parametrize("name", ["dpmpp-2m", "unipc"])
+@pytest.mark.parametrize("name", list(SAMPLERS)[1:])
 def test_a_model_that_is_right_takes_one_step(name):
     """If every prediction is the same x0, any number of steps ends there."""
     x0 = np.random.default_rng(1).standard_normal((1, 2, 3, 2))
@@ -131,6 +132,18 @@ def test_numbers_of_steps(spacing, most):
             get_levels(schedule, wrong)
 
 
+def test_quadratic_levels():
+    schedule = make_schedule(spacing="leading")
+    assert [timestep for timestep, _ in get_levels(schedule, 5, True)] == [999, 562, 250, 62, 0]
+    for num_steps in range(2, 1001):
+        timesteps = [timestep for timestep, _ in get_levels(schedule, num_steps, quadratic=True)]
+        assert timesteps[0] == 999 and timesteps[-1] == 0
+        assert (np.diff(timesteps) < 0).all() and len(timesteps) == num_steps
+    assert get_levels(schedule, 1, True) == [(999, schedule.alphas_cumprod[999])]
+    with pytest.raises(ValueError, match="from 1 to 1000, not 1001"):
+        get_levels(schedule, 1001, quadratic=True)
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_levels_for_any_number_of_steps(spacing):
     schedule = make_schedule(spacing=spacing)
@@ -143,7 +156,7 @@ def test_levels_for_any_number_of_steps(spacing):
 def test_names():
     assert find(predict) is predict
     for wrong in ("euler", None, 3):
-        message = f"one of ddim, dpmpp-2m, unipc, or a function, not {wrong!r}"
+        message = f"one of ddim, dpmpp-2m, dpmpp-2m-quadratic, unipc, or a function, not {wrong!r}"
         with pytest.raises(ValueError, match=message):
             find(wrong)
 

@@ -4,6 +4,8 @@ A sampler is a generator with the arguments of those in `SAMPLERS`, `(predict, l
 num_steps)`.
 """
 
+from functools import partial
+
 from stable_diffusion.samplers.ddim import ddim
 from stable_diffusion.samplers.deep_cache import DeepCache
 from stable_diffusion.samplers.guidance import Guided
@@ -11,7 +13,12 @@ from stable_diffusion.samplers.multistep import dpmpp_2m, unipc
 
 __all__ = ["SAMPLERS", "DeepCache", "Guided", "find"]
 
-SAMPLERS = {"ddim": ddim, "dpmpp-2m": dpmpp_2m, "unipc": unipc}
+SAMPLERS = {
+    "ddim": ddim,
+    "dpmpp-2m": dpmpp_2m,
+    "dpmpp-2m-quadratic": partial(dpmpp_2m, quadratic=True),
+    "unipc": unipc,
+}
 
 
 def find(sampler):

@@ -17,7 +17,7 @@ import numpy as np
 from stable_diffusion.noise_scheduler import split_prediction
 
 
-def dpmpp_2m(predict, latent, schedule, num_steps):
+def dpmpp_2m(predict, latent, schedule, num_steps, quadratic=False):
     """Samples with DPM-Solver++(2M): x0 is extended along the line through its last two values.
 
     Args:
@@ -25,6 +25,7 @@ def dpmpp_2m(predict, latent, schedule, num_steps):
         latent: noise to start from, float array `(B, h, w, C)`.
         schedule: the `NoiseScheduler`.
         num_steps: number of steps, see `get_levels`.
+        quadratic: whether steps are dense where noise is low, see `get_levels`.
 
     Yields:
         `(timestep, latent)` after each step: the timestep it started at and where it ended; the
@@ -36,22 +37,24 @@ def dpmpp_2m(predict, latent, schedule, num_steps):
     Reference: Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2. The first step and the
     last are of first order, as in diffusers' `DPMSolverMultistepScheduler` with its defaults.
     """
-    return _solve(predict, latent, schedule, num_steps, correct=False)
+    levels = get_levels(schedule, num_steps, quadratic)
+    return _solve(predict, latent, schedule, levels, correct=False)
 
 
 def unipc(predict, latent, schedule, num_steps):
     """Samples with UniPC of order 2: as `dpmpp_2m`, and each step is taken once more, corrected.
 
     What the model predicts at the end of a step, which the next one needs anyway, tells a better
-    mean of x0 over the step that led there. Arguments, results and errors are `dpmpp_2m`'s.
+    mean of x0 over the step that led there. Arguments (but for `quadratic`), results and errors
+    are `dpmpp_2m`'s.
 
     Reference: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, algorithms 5 to 8 with p = 2 and
     B₂(h) = eʰ - 1, as diffusers' `UniPCMultistepScheduler` with its defaults.
     """
-    return _solve(predict, latent, schedule, num_steps, correct=True)
+    return _solve(predict, latent, schedule, get_levels(schedule, num_steps), correct=True)
 
 
-def get_levels(schedule, num_steps):
+def get_levels(schedule, num_steps, quadratic=False):
     """Returns the noise levels at which the model is evaluated, the noisiest first.
 
     They are DDIM's of the same spacing, but for one: DDIM with "linspace" or "leading" ends on the
@@ -60,7 +63,11 @@ def get_levels(schedule, num_steps):
 
     Args:
         schedule: the `NoiseScheduler`.
-        num_steps: how many: from 1 to `train_timesteps`; 1 less unless the spacing is "trailing".
+        num_steps: how many: from 1 to `train_timesteps`; 1 less if the spacing is the schedule's
+            and not "trailing".
+        quadratic: whether timesteps are those of Song et al. 2021,
+            https://arxiv.org/abs/2010.02502, appendix D.2, from the last timestep to the first, in
+            place of the schedule's spacing: proportional to the squares of 0, 1, 2 and so on.
 
     Returns:
         List of `(timestep, alpha)`: an int and a float.
@@ -68,12 +75,17 @@ def get_levels(schedule, num_steps):
     Raises:
         ValueError: `num_steps` is something else.
     """
-    spare = int(schedule.spacing != "trailing")
-    most = schedule.train_timesteps - spare
-    if not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= most:
-        raise ValueError(f"num_steps must be an int from 1 to {most}, not {num_steps!r}.")
-    levels = schedule.ddim_levels(num_steps + spare)
-    return [(timestep, alpha) for timestep, alpha, _ in levels[:num_steps]]
+    n, total = num_steps, schedule.train_timesteps
+    spare = int(not quadratic and schedule.spacing != "trailing")
+    if not isinstance(n, int | np.integer) or not 1 <= n <= total - spare:
+        raise ValueError(f"num_steps must be an int from 1 to {total - spare}, not {n!r}.")
+    if quadratic:
+        squares = (total - 1) * np.linspace(1, 0, n) ** 2
+        timesteps = np.maximum(squares.round(), np.arange(n)[::-1]).astype(int)  # none twice
+        alphas = schedule.alphas_cumprod[timesteps]
+        return list(zip(timesteps.tolist(), alphas.tolist(), strict=True))
+    levels = schedule.ddim_levels(n + spare)
+    return [(timestep, alpha) for timestep, alpha, _ in levels[:n]]
 
 
 class _Step:
@@ -116,8 +128,8 @@ class _Step:
         return self._end(self.x0 + expected * self.change + found * (x0_at_end - self.x0))
 
 
-def _solve(predict, latent, schedule, num_steps, correct):
-    levels, step = get_levels(schedule, num_steps), None
+def _solve(predict, latent, schedule, levels, correct):
+    step = None
     for n, (timestep, alpha) in enumerate(levels):
         output = predict(latent, timestep)
         x0, _ = split_prediction(output, latent, alpha, schedule.prediction_type)
