@@ -27,7 +27,6 @@ SAMPLERS = ("ddim", "dpmpp-2m", "dpmpp-2m-quadratic", "unipc")
 INTERVALS = ((0, 800), (0, 600), (200, 800))  # timesteps with guidance
 CACHES = (2, 3, 5)  # steps that share deep features
 BATCH = 16  # pictures drawn at once
-WEIGHTS = Path(__file__).parents[1] / "weights" / "emoji"
 
 
 def draw(pipeline, prompts, **options):
@@ -117,7 +116,7 @@ def show(rows):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", default=str(WEIGHTS))
+    parser.add_argument("--weights", default=str(evaluation.WEIGHTS))
     parser.add_argument("--data", type=Path, help="what scripts/emoji_data.py wrote")
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 12, 15, 20, 30, 50])

@@ -1,7 +1,7 @@
 """Measures how well a checkpoint draws pairs of subject and background it was never trained on.
 
     python scripts/emoji_data.py --out emoji.npz
-    python scripts/evaluate_emoji.py emoji.npz --weights weights/emoji
+    python scripts/evaluate_emoji.py emoji.npz
 
 A picture shows the right subject if, of all subjects of the checkpoint drawn on that background
 (in the centre, at full size), the right one is nearest to it: in mean squared error at 32x32
@@ -22,6 +22,7 @@ import numpy as np
 
 import emoji_data as emoji
 
+WEIGHTS = Path(__file__).parents[1] / "weights" / "emoji"
 BORDER = 3  # pixels wide: thinner than the rim that every subject leaves
 STEPS, GUIDANCE = 50, 7.5  # the defaults of the pipeline
 BATCH = 32  # pictures drawn at once
@@ -250,7 +251,7 @@ def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path, help="what scripts/emoji_data.py wrote")
-    parser.add_argument("--weights", default="weights/emoji", help="a diffusers folder")
+    parser.add_argument("--weights", default=str(WEIGHTS), help="a diffusers folder")
     parser.add_argument("--pairs", type=positive(int), default=300, help="default: 300")
     whole, decimal = positive(int), positive(float)
     parser.add_argument("--steps", type=whole, nargs="*", default=[5, 10, 20, 50])
