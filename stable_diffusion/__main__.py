@@ -340,15 +340,6 @@ def is_drawn(path, chunks):
         return False
 
 
-def check_lengths(model, texts):
-    """Raises a ValueError if one of the texts is too long, before the first picture is drawn."""
-    from stable_diffusion.stable_diffusion import MAX_PROMPT_LENGTH
-
-    for text in texts:
-        if len(model.tokenizer.encode(text)) > MAX_PROMPT_LENGTH:
-            model.encode_text(text)  # which says so
-
-
 def draw(args):
     """Draws and writes the pictures that the arguments ask for."""
     if bool(args.prompt) == bool(args.prompts):
@@ -377,7 +368,8 @@ def draw(args):
             complain(f"{len(pictures) - len(left)} of {len(pictures)} are drawn already", 0)
         pictures = left
     texts = list(dict.fromkeys(text for p in pictures for text in (p.prompt, p.negative)))
-    check_lengths(model, texts)
+    for text in texts:
+        model.tokenize(text)  # which says so if it is too long
     if unseen := get_unseen(model.checkpoint, texts):
         show("")
         complain(f"the weights never saw these words: {', '.join(unseen)}", 0)

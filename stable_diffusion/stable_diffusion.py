@@ -175,19 +175,24 @@ class StableDiffusion:
         Raises:
             ValueError: no prompt, or one that is too long.
         """
-        tokens = []
-        for text in [prompt] if isinstance(prompt, str) else prompt:
-            ids, limit = self.tokenizer.encode(text), MAX_PROMPT_LENGTH
-            if len(ids) > limit:
-                raise ValueError(f"A prompt has at most {limit} tokens, not {len(ids)}: {text!r}")
-            pad = self.config.text.pad_token
-            pad = self.tokenizer.end_of_text if pad is None else pad
-            tokens.append(ids + [pad] * (limit - len(ids)))
-        if not tokens:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        tokens = np.array([self.tokenize(text) for text in prompts], "int32")
+        if not len(tokens):
             raise ValueError("prompt must be a str or a list of at least one, not an empty list.")
-        tokens = np.array(tokens, "int32")
         positions = np.tile(np.arange(MAX_PROMPT_LENGTH, dtype="int32"), (len(tokens), 1))
         return self.text_encoder.predict_on_batch({"tokens": tokens, "positions": positions})
+
+    def tokenize(self, prompt):
+        """Returns the ids of a prompt's tokens, filled up to 77: a list of ints.
+
+        Raises:
+            ValueError: the prompt is too long.
+        """
+        ids, limit = self.tokenizer.encode(prompt), MAX_PROMPT_LENGTH
+        if len(ids) > limit:
+            raise ValueError(f"A prompt has at most {limit} tokens, not {len(ids)}: {prompt!r}")
+        pad = self.config.text.pad_token
+        return ids + [self.tokenizer.end_of_text if pad is None else pad] * (limit - len(ids))
 
     def generate_image(
         self, encoded_text, negative_prompt=None, batch_size=1, num_steps=50,

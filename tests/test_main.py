@@ -165,8 +165,9 @@ def test_jit_is_passed_on(tiny, run):
 
 @pytest.mark.parametrize("sampler", command.SAMPLERS[1:])
 def test_samplers(tiny, run, sampler):
-    run("a", *FAST)
-    assert run("a", "--sampler", sampler, "--out", "b.png", *FAST) == (0, ["b.png"], [])
+    steps = [*FAST, "--steps", "4"]  # with 2 some are equal
+    run("a", *steps)
+    assert run("a", "--sampler", sampler, "--out", "b.png", *steps) == (0, ["b.png"], [])
     with Image.open("a-7.png") as one, Image.open("b.png") as other:
         assert other.text["sampler"] == sampler
         assert (np.array(one) != np.array(other)).any()

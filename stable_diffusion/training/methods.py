@@ -304,13 +304,7 @@ class TextualInversion(Method):
         Raises:
             ValueError: it is too long.
         """
-        tokenizer, limit = self.pipeline.tokenizer, self.pipeline.text_encoder.inputs[0].shape[1]
-        ids = tokenizer.encode(text)
-        if len(ids) > limit:
-            raise ValueError(f"A caption has at most {limit} tokens, not {len(ids)}: {text!r}")
-        pad = self.pipeline.config.text.pad_token
-        pad = tokenizer.end_of_text if pad is None else pad
-        return np.array(ids + [pad] * (limit - len(ids)), "int32")
+        return np.array(self.pipeline.tokenize(text), "int32")
 
     def show(self):
         """See `Method.show`."""
