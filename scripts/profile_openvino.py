@@ -2,8 +2,10 @@
 
     pip install openvino scipy
     KERAS_BACKEND=openvino python scripts/profile_openvino.py
+    python scripts/profile_openvino.py --weights exported/
 
-The UNet is Stable Diffusion 1's with random parameters, one picture. OpenVINO counts the time of
+The UNet is Stable Diffusion 1's with random parameters, or that of a checkpoint in the format
+"openvino"; one picture. OpenVINO counts the time of
 each of its operations; they are summed by kind, of which "attention" is all between queries, keys
 and values. What a kind takes at least is in no column: scripts/benchmark.py tells how far the whole
 is from what the processor can do.
@@ -11,6 +13,7 @@ is from what the processor can do.
 
 import argparse
 from collections import defaultdict
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -38,6 +41,20 @@ def compile_counting(model, inputs):
     return compiled[0]
 
 
+def compile_exported(folder):
+    """Returns the UNet of a folder, compiled with counters, and its inputs."""
+    graph = openvino.Core().read_model(folder / "diffusion_model.xml")
+    graph.reshape({n: [1, *port.partial_shape[1:]] for n, port in enumerate(graph.inputs)})
+    compiled = openvino.compile_model(graph, "CPU", {"PERF_COUNT": True})
+    return compiled, draw_inputs([tuple(port.shape) for port in graph.inputs])
+
+
+def draw_inputs(shapes):
+    """Returns random inputs."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, dtype="float32") for shape in shapes]
+
+
 def measure(compiled, inputs):
     """Returns seconds and number of operations by kind, dict of lists."""
     request, fastest = compiled.create_infer_request(), None
@@ -61,16 +78,20 @@ def main():
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=512, help="in pixels")
+    parser.add_argument("--weights", type=Path, help="a folder in the format openvino")
     args = parser.parse_args()
-    if keras.backend.backend() != "openvino":
+    if args.weights:
+        kinds = measure(*compile_exported(args.weights))
+    elif keras.backend.backend() != "openvino":
         parser.error(f"set KERAS_BACKEND=openvino; it is {keras.backend.backend()}")
-    with uninitialized():
-        model = DiffusionModel(args.size, args.size, 77, download_weights=False)
-    rng = np.random.default_rng(0)
-    for variable in model.weights:
-        variable.assign(0.02 * rng.standard_normal(variable.shape, dtype="float32"))
-    inputs = [rng.standard_normal((1, *x.shape[1:]), dtype="float32") for x in model.inputs]
-    kinds = measure(compile_counting(model, inputs), inputs)
+    else:
+        with uninitialized():
+            model = DiffusionModel(args.size, args.size, 77, download_weights=False)
+        rng = np.random.default_rng(0)
+        for variable in model.weights:
+            variable.assign(0.02 * rng.standard_normal(variable.shape, dtype="float32"))
+        inputs = draw_inputs([(1, *x.shape[1:]) for x in model.inputs])
+        kinds = measure(compile_counting(model, inputs), inputs)
     total = sum(seconds for seconds, _ in kinds.values())
     print(f"{'':20}{'ms':>8}{'share':>8}{'operations':>12}")
     for kind, (seconds, count) in sorted(kinds.items(), key=lambda item: -item[1][0]):
