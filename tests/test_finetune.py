@@ -152,6 +152,7 @@ def test_a_killed_run_forgets_what_it_did_after_its_last_state(finetune, monkeyp
     assert losses(work)[:3] == before and len(losses(work)) == 4
 
 
+@pytest.mark.large
 def test_dreambooth_draws_the_class_first(finetune, monkeypatch, tmp_path):
     drawn = []
 

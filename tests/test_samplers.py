@@ -161,6 +161,7 @@ def test_names():
             find(wrong)
 
 
+@pytest.mark.large
 def test_the_script_compares(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "REFERENCE", {"sampler": "ddim", "num_steps": 3})
     monkeypatch.setattr(script, "INTERVALS", [(0, 600)])
