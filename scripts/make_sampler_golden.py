@@ -65,10 +65,10 @@ def main():
     path = parser.parse_args().out
     noise = torch.randn(1, 2, 3, 2, generator=torch.Generator().manual_seed(0))
     arrays = {"noise": noise.numpy()}
+    # DDIM's steps don't end where the next ones start with other spacings; the quadratic ones
+    # replace them all.
+    only = {"ddim": "leading", "dpmpp-2m-quadratic": "linspace"}
     for names in itertools.product(SAMPLERS, BETAS, SPACINGS, PREDICTIONS):
-        # DDIM's steps don't end where the next ones start with other spacings; the quadratic ones
-        # replace them all.
-        only = {"ddim": "leading", "dpmpp-2m-quadratic": "linspace"}
         if names[2] != only.get(names[0], names[2]):
             continue
         runs = [follow(*names, noise, steps) for steps in STEPS]  # one after the other

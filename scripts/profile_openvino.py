@@ -5,10 +5,9 @@
     python scripts/profile_openvino.py --weights exported/
 
 The UNet is Stable Diffusion 1's with random parameters, or that of a checkpoint in the format
-"openvino"; one picture. OpenVINO counts the time of
-each of its operations; they are summed by kind, of which "attention" is all between queries, keys
-and values. What a kind takes at least is in no column: scripts/benchmark.py tells how far the whole
-is from what the processor can do.
+"openvino"; one picture. OpenVINO counts the time of each of its operations; they are summed by
+kind, of which "attention" is all between queries, keys and values. What a kind takes at least is in
+no column: scripts/benchmark.py tells how far the whole is from what the processor can do.
 """
 
 import argparse

@@ -291,7 +291,10 @@ def test_a_sampler_of_ones_own(model):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"sampler": "euler"}, "sampler must be one of ddim, dpmpp-2m, .*, or .*not 'euler'"),
+        (
+            {"sampler": "euler"},
+            "sampler must be one of ddim, dpmpp-2m, dpmpp-2m-quadratic, unipc, or .*not 'euler'",
+        ),
         ({"sampler": "unipc", "num_steps": 1000}, "num_steps must be an int from 1 to 999"),
         ({"guidance_interval": 5}, "guidance_interval must be two timesteps.*not 5"),
         ({"guidance_interval": (1, 2, 3)}, "guidance_interval must be two timesteps"),
