@@ -39,16 +39,16 @@ import emoji_data as emoji
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
 from stable_diffusion.__main__ import split_words
 from stable_diffusion.checkpoints import open_checkpoint
-from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers
-from stable_diffusion.checkpoints.presets import original
+from stable_diffusion.config import undo_departures
 from stable_diffusion.clip_tokenizer import NUM_PAIRS, WEIGHTS_DIR
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 SIZE = 128  # pixels, 16x16 latent cells
 CHANNELS = 8  # of the latents; with Stable Diffusion's 4, so narrow a VAE blurs what is thin
 LENGTH = 77  # tokens
-CONFIG = original(
+CONFIG = undo_departures(
     Config(
         text=TextConfig(width=128, depth=3, heads=4, hidden=512),
         unet=UNetConfig(
@@ -320,9 +320,9 @@ def load_vae(folder):
     checkpoint = open_checkpoint(folder)
     config, unet = checkpoint.config.vae, CONFIG.unet
     scale = 2 ** (len(config.widths) - 1)
-    if (scale, config.latent_channels) != (unet.latent_scale, unet.in_channels):
+    if (scale, config.latent_channels) != (unet.cell_size, unet.in_channels):
         raise ValueError(
-            f"{folder}: the VAE must have {unet.in_channels} channels at 1/{unet.latent_scale} of "
+            f"{folder}: the VAE must have {unet.in_channels} channels at 1/{unet.cell_size} of "
             f"the size, not {config.latent_channels} at 1/{scale}"
         )
     if config.scaling_factor != 1:  # as the UNet of that folder had it

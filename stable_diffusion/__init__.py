@@ -1,30 +1,67 @@
 """Stable Diffusion in about 500 lines of Keras 3, equal to KerasCV's layer by layer.
 
 Read `stable_diffusion.py` (the pipeline) first, then `clip_tokenizer.py`, `text_encoder.py`,
-`diffusion_model.py`, `noise_scheduler.py` and `decoder.py`, in the order in which a picture is
-made. Shapes are written with these letters: B batch, H W pixels, h w latent cells, T S tokens,
-D width.
+`diffusion_model.py`, `noise_scheduler.py` and `decoder.py`: the order in which an image is made.
+
+Shapes are written with these letters: B batch, H W pixels, h w latent cells, C channels, T S
+tokens, D width, N heads.
+
+Public names
+------------
+From KerasCV, with its signatures: `StableDiffusion`, `StableDiffusionV2`, `TextEncoder`,
+`TextEncoderV2`, `DiffusionModel`, `DiffusionModelV2`, `Decoder`, `ImageEncoder`,
+`NoiseScheduler`, `SimpleTokenizer`. Beside them these names may be used; everything else may move:
+
+    name                                                          what for
+    ------------------------------------------------------------  --------------------------------
+    StableDiffusion.generate_latents .decode_latents              the loop, step by step
+    StableDiffusion.generate_image(callback=)                     watching the loop
+    StableDiffusion.tokenize                                      ids of a prompt, padded
+    StableDiffusion.save .load_lora .unload_lora .load_embedding  files of parameters
+    StableDiffusion.config .checkpoint                            what was loaded
+    config.Config .TextConfig .UNetConfig .VAEConfig              architectures
+    config.SD1 .SD2 .SD1_INPAINTING .TINY .TINY_V2                named ones
+    config.undo_departures                                        KerasCV's dialect to the original
+    checkpoints.open_checkpoint .save_checkpoint .FORMATS         formats of checkpoints
+    checkpoints.release                                           freeing a component's memory
+    adapters.lora.load_lora .unload_lora                          LoRA
+    adapters.embedding.load_embedding                             textual inversion
+    samplers.SAMPLERS .find_sampler                               the table of samplers
+    noise_scheduler.ddim .Sampler .NoiseLevel                     the contract of samplers
+    noise_scheduler.diffuse .split_prediction .join_prediction    the diffusion process
+    noise_scheduler.timestep_embedding                            what the UNet is told of time
+    training.Cache .NoisyLatents .Stream .Example .read_folder    data of fine-tuning
+    training.Full .LoRA .TextualInversion .remat_scope            methods of fine-tuning
+    training.load_state .save_state                               resuming
+    parity.keras_cv                                               comparing with KerasCV
 """
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+from stable_diffusion.version import __version__
 
-_PUBLIC = {
-    **dict.fromkeys(["checkpoints", "samplers", "tiling", "training"], []),  # subpackages
-    "clip_tokenizer": ["SimpleTokenizer"],
-    "decoder": ["Decoder"],
-    "diffusion_model": ["DiffusionModel", "DiffusionModelV2"],
-    "image_encoder": ["ImageEncoder"],
-    "noise_scheduler": ["NoiseScheduler"],
-    "stable_diffusion": ["StableDiffusion", "StableDiffusionV2"],
-    "text_encoder": ["TextEncoder", "TextEncoderV2"],
+_MODULES = {  # names that are imported when they are first used, so that `--help` is quick
+    "SimpleTokenizer": "clip_tokenizer",
+    "Decoder": "decoder",
+    "DiffusionModel": "diffusion_model",
+    "DiffusionModelV2": "diffusion_model",
+    "ImageEncoder": "image_encoder",
+    "NoiseScheduler": "noise_scheduler",
+    "StableDiffusion": "stable_diffusion",
+    "StableDiffusionV2": "stable_diffusion",
+    "TextEncoder": "text_encoder",
+    "TextEncoderV2": "text_encoder",
+    **{name: None for name in ("adapters", "checkpoints", "config", "samplers", "training")},
 }
+__all__ = ["__version__", *_MODULES]
 
 
-def __getattr__(name):  # Keras is imported when it is first needed, so that `--help` is quick
-    for module, names in _PUBLIC.items():
-        if name == module or name in names:
-            found = import_module(f"{__name__}.{module}")
-            return getattr(found, name, found)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_MODULES[name] or name}")
+    return getattr(module, name) if _MODULES[name] else module
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -1,18 +1,38 @@
-"""Attention: one pure function, and the two layers made of it."""
+"""Attention: its equation, a function that applies it in heads, and the two layers made of it."""
 
 import math
 from functools import partial
 
 from keras import KerasTensor, backend, layers, ops
 
+from stable_diffusion.block import Block
 from stable_diffusion.padded_conv2d import PaddedConv2D
-from stable_diffusion.pretrained import Block
 
-MOST_SCORES = 2**24  # held at once for each picture, 64 MB in float32
+MOST_SCORES = 2**24  # held at once for each image, 64 MB in float32
 
 
-def attention(query, key, value, heads, causal=False):
-    """Computes softmax(q kᵀ / √d) v in each of `heads` heads of width d = D / heads.
+def attention(q, k, v, causal=False):
+    """Computes softmax(q kᵀ / √d) v in each head.
+
+    Args:
+        q: queries `(B, T, N, d)`: T tokens, N heads, d features a head.
+        k, v: keys and values `(B, S, N, d)`.
+        causal: whether token t sees only tokens up to t.
+
+    Returns:
+        Tensor `(B, T, N, d)`.
+
+    Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
+    """
+    scores = ops.einsum("btnd,bsnd->bnts", q * q.shape[-1] ** -0.5, k)
+    if causal:
+        seen = ops.arange(q.shape[1])[:, None] >= ops.arange(k.shape[1])
+        scores = ops.where(seen, scores, float("-inf"))
+    return ops.einsum("bnts,bsnd->btnd", ops.softmax(scores), v)
+
+
+def attend(query, key, value, heads, causal=False):
+    """Applies `attention` in heads, within bounded memory and with the backend's own kernels.
 
     Args:
         query: tokens `(B, T, D)`, or a feature map `(B, h, w, D)`, whose cells are the tokens.
@@ -21,32 +41,31 @@ def attention(query, key, value, heads, causal=False):
         causal: whether token t sees only tokens up to t.
 
     Returns:
-        The query's shape.
-
-    Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
+        Tensor of the query's shape.
     """
 
-    def split(x):  # (B, ..., D) to (B, T, heads, D / heads)
+    def split(x):  # (B, ..., D) to (B, T, N, d)
         return ops.reshape(x, (-1, math.prod(ops.shape(x)[1:-1]), heads, x.shape[-1] // heads))
 
-    # Stable Diffusion 2's scores overflow float16, and JAX has no such product on CPUs; PyTorch's
+    # Stable Diffusion 2's scores overflow float16, and JAX has no such product on CPUs. PyTorch's
     # kernels hold scores in float32 by themselves.
-    half = backend.standardize_dtype(query.dtype) == "float16" and backend.backend() != "torch"
-    q, k, v = (ops.cast(split(x), "float32" if half else x.dtype) for x in (query, key, value))
-
-    def attend(q):
-        if causal or k.shape[1] == 1 or backend.backend() != "tensorflow":
-            return ops.dot_product_attention(q, k, v, is_causal=causal)
-        # Keras' own is slower: it scales scores, not queries, and holds bfloat16's in float32.
-        weights = ops.softmax(ops.einsum("btnh,bsnh->bnts", q * q.shape[-1] ** -0.5, k))
-        return ops.einsum("bnts,bsnh->btnh", weights, v)
-
-    # Some queries at a time take less memory; kernels of PyTorch and OpenVINO do so by themselves.
+    name, dtype = backend.backend(), backend.standardize_dtype(query.dtype)
+    wide = "float32" if dtype == "float16" and name != "torch" else dtype
+    q, k, v = (ops.cast(split(x), wide) for x in (query, key, value))
+    # Keras' function calls the kernels of JAX, PyTorch and OpenVINO. On TensorFlow it has none, and
+    # is slower than the equation: it scales scores, not queries, and holds bfloat16's in float32.
+    # It also takes a single key, because Keras warns of a softmax of one score.
+    compute = attention if name == "tensorflow" and k.shape[1] != 1 else _call_keras
+    # A part of the queries at a time needs less memory. PyTorch's and OpenVINO's kernels do it too.
     count, some = q.shape[1], max(1, MOST_SCORES // (heads * (k.shape[1] or 1)))
-    whole = causal or not count or count <= some or backend.backend() in ("torch", "openvino")
+    whole = causal or not count or count <= some or name in ("torch", "openvino")
     parts = [q] if whole else ops.split(q, list(range(some, count, some)), axis=1)
-    out = ops.cast(ops.concatenate([attend(x) for x in parts], axis=1), query.dtype)
-    return ops.reshape(out, (-1, *ops.shape(query)[1:]))
+    out = ops.concatenate([compute(part, k, v, causal) for part in parts], axis=1)
+    return ops.reshape(ops.cast(out, query.dtype), (-1, *ops.shape(query)[1:]))
+
+
+def _call_keras(q, k, v, causal):
+    return ops.dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Attention(Block):
@@ -76,11 +95,11 @@ class Attention(Block):
     def call(self, inputs):
         x, context = inputs
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(attention(q, k, v, self.heads, self.causal))
+        return self.to_out(attend(q, k, v, self.heads, self.causal))
 
 
 class AttentionBlock(Block):
-    """One-head attention between all cells of a feature map, around a shortcut (VAE).
+    """One-head attention between all cells of a feature map, with a residual connection (VAE).
 
     Args:
         width: number of channels, of input and output alike.
@@ -96,7 +115,7 @@ class AttentionBlock(Block):
         self.norm = layers.GroupNormalization(groups, epsilon=norm_epsilon, name="norm")
         self.attn = Attention(width, heads=1, use_bias=True, project=project, name="attn")
 
-    def compute_output_spec(self, inputs):  # where h and w are not known, `call` can't tell it
+    def compute_output_spec(self, inputs):  # `call` can't tell it where h and w are unknown
         return KerasTensor(inputs.shape, self.compute_dtype)
 
     def call(self, inputs):

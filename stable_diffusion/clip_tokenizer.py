@@ -28,9 +28,7 @@ from pathlib import Path
 import ftfy
 import regex
 
-_PACKAGE = Path(__file__).resolve().parent
-# A wheel has the folder inside the package; a checkout or editable install has it beside it.
-WEIGHTS_DIR = (_PACKAGE if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent) / "weights"
+from stable_diffusion.files import WEIGHTS_DIR
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 NUM_PAIRS = 48894  # the file has 262,144, in the order of learning; CLIP uses the first of them
@@ -175,3 +173,20 @@ class SimpleTokenizer:
         ids = [ord(piece) for piece in pieces]
         self._cache[word] = ids
         return ids
+
+
+def expand_tokens(tokenizer: SimpleTokenizer):
+    """Lets added tokens of several vectors be encoded as all of them.
+
+    Those are tokens that were added with a name such as "<cat>", and with "<cat>_1", "<cat>_2" and
+    so on: so a saved tokenizer still tells which belong together.
+    """
+    added = tokenizer.vocab[tokenizer.end_of_text + 1 :]
+    ids = {token: n for n, token in enumerate(added, tokenizer.end_of_text + 1)}
+    tokenizer.vectors = {}
+    for token in added:
+        names = [token]
+        while (further := f"{token}_{len(names)}") in ids:
+            names.append(further)
+        if len(names) > 1:
+            tokenizer.vectors[token] = [ids[name] for name in names]

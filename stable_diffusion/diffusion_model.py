@@ -6,8 +6,11 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion.attention_block import Attention
+from stable_diffusion.block import Block
+from stable_diffusion.checkpoints.building import uninitialized
+from stable_diffusion.config import SD1, SD2
 from stable_diffusion.padded_conv2d import PaddedConv2D
-from stable_diffusion.pretrained import Block, Pretrained
+from stable_diffusion.pretrained import Pretrained
 from stable_diffusion.resnet_block import ResnetBlock
 
 
@@ -66,10 +69,29 @@ class SpatialTransformer(Block):
 
 
 class DiffusionModel(Pretrained, keras.Model):
-    """Stable Diffusion 1's UNet.
+    """Stable Diffusion 1's UNet: predicts the noise in a latent, from its timestep and a prompt.
+
+    It goes down through the stages, from the finest to the coarsest, and up again. Each feature map
+    of the way down comes back on the way up, beside the one from below (`concat`). For an image of
+    512x512 pixels, with shapes (h, w, channels):
+
+        latent (64, 64, 4)                                               noise (64, 64, 4)
+        conv_in (64, 64, 320)                                            conv_out
+        stage 0   2 x (res, attn)  (64, 64, 320)  --- 3 maps ->  3 x (concat, res, attn)
+                  downsample       (32, 32, 320)                 upsample  (64, 64, 640)
+        stage 1   2 x (res, attn)  (32, 32, 640)  --- 3 maps ->  3 x (concat, res, attn)
+                  downsample       (16, 16, 640)                 upsample  (32, 32, 1280)
+        stage 2   2 x (res, attn)  (16, 16, 1280) --- 3 maps ->  3 x (concat, res, attn)
+                  downsample       (8, 8, 1280)                  upsample  (16, 16, 1280)
+        stage 3   2 x (res)        (8, 8, 1280)   --- 3 maps ->  3 x (concat, res)
+        middle    res, attn, res   (8, 8, 1280)   ------------>  upwards
+
+    `res` is a `ResnetBlock`, which sees the timestep; `attn` is a `SpatialTransformer`, which sees
+    the context. Layers are called down_0_res_0, down_0_attn_0, ..., mid_res_0, ..., up_0_res_0,
+    where up_0 is the coarsest stage.
 
     Args:
-        img_height, img_width: size of the picture in pixels, multiples of 64.
+        img_height, img_width: size of the image in pixels, multiples of 64.
         max_text_length: T, number of tokens of the context.
         name: name of the model.
         download_weights: whether to load the published parameters (CreativeML Open RAIL-M).
@@ -82,60 +104,62 @@ class DiffusionModel(Pretrained, keras.Model):
     of KerasCV's class of the same name.
     """
 
-    part, preset, published = "unet", "SD1", "kcv_diffusion_model.h5"
+    default_config, published = SD1.unet, "kcv_diffusion_model.h5"
 
     def __init__(
         self, img_height, img_width, max_text_length, name=None, download_weights=True, config=None
     ):
-        def graph(c):
-            h, w = img_height // c.latent_scale, img_width // c.latent_scale
+        c = config or self.default_config
+        h, w = img_height // c.cell_size, img_width // c.cell_size
+        with uninitialized(download_weights):
             context = keras.Input((max_text_length, c.context_width), name="context")
             time = keras.Input((c.widths[0],), name="timestep_embedding")
             latent = keras.Input((h, w, c.in_channels), name="latent")
-            return [latent, time, context], _unet(c, latent, time, context)
-
-        super().__init__(graph, name, download_weights, config)
+            super().__init__([latent, time, context], _unet(c, latent, time, context), name=name)
+        self.config = c
+        if download_weights:
+            self.load_published()
 
 
 class DiffusionModelV2(DiffusionModel):
     """Stable Diffusion 2's UNet: heads of width 64, linear projections, a wider context."""
 
-    preset, published = "SD2", "diffusion_model_v2_1.h5"
+    default_config, published = SD2.unet, "diffusion_model_v2_1.h5"
 
 
 def _unet(c, latent, time, context):
-    """Down through the levels keeping each feature map, and up again taking them back."""
-
-    def blocks(x, level, name, attend):
-        width, heads = c.widths[level], c.heads[level]
-        x = ResnetBlock(width, c.groups, conditioned=True, name=name)([x, time])
-        if attend:
-            x = SpatialTransformer(width, heads, c, name=name.replace("res", "attn"))([x, context])
-        return x
-
+    """Returns the output of the UNet: down through the stages, and up again."""
     time = layers.Dense(4 * c.widths[0], name="time_embedding_1")(time)
     time = layers.Activation("silu", name="time_embedding_act")(time)
     time = layers.Dense(4 * c.widths[0], name="time_embedding_2")(time)
 
-    levels, last = list(enumerate(c.widths)), len(c.widths) - 1
+    last = len(c.widths) - 1
     x = PaddedConv2D(c.widths[0], 3, padding=1, name="conv_in")(latent)
     skips = [x]
-    for i, width in levels:
+    for i, width in enumerate(c.widths):
         for j in range(c.res_blocks):
-            x = blocks(x, i, f"down_{i}_res_{j}", c.attention[i])
+            x = ResnetBlock(width, c.groups, conditioned=True, name=f"down_{i}_res_{j}")([x, time])
+            if c.attention[i]:
+                attend = SpatialTransformer(width, c.heads[i], c, name=f"down_{i}_attn_{j}")
+                x = attend([x, context])
             skips.append(x)
         if i < last:
             x = PaddedConv2D(width, 3, padding=1, strides=2, name=f"down_{i}_downsample")(x)
             skips.append(x)
 
-    x = blocks(x, last, "mid_res_0", attend=True)
-    x = blocks(x, last, "mid_res_1", attend=False)
+    x = ResnetBlock(width, c.groups, conditioned=True, name="mid_res_0")([x, time])
+    x = SpatialTransformer(width, c.heads[last], c, name="mid_attn_0")([x, context])
+    x = ResnetBlock(width, c.groups, conditioned=True, name="mid_res_1")([x, time])
 
-    for i, (level, width) in enumerate(reversed(levels)):
+    for i, width in enumerate(reversed(c.widths)):
+        stage = last - i
         for j in range(c.res_blocks + 1):
             x = layers.Concatenate(name=f"up_{i}_concat_{j}")([x, skips.pop()])
-            x = blocks(x, level, f"up_{i}_res_{j}", c.attention[level])
-        if level:
+            x = ResnetBlock(width, c.groups, conditioned=True, name=f"up_{i}_res_{j}")([x, time])
+            if c.attention[stage]:
+                attend = SpatialTransformer(width, c.heads[stage], c, name=f"up_{i}_attn_{j}")
+                x = attend([x, context])
+        if stage:
             repeat = layers.UpSampling2D(2, data_format="channels_last")
             conv = PaddedConv2D(width, 3, padding=1, name="conv")
             x = keras.Sequential([repeat, conv], name=f"up_{i}_upsample")(x)

@@ -1,17 +1,51 @@
-"""The noise schedule: how noise is added in training, and taken away step by step."""
+"""The noise schedule: how noise is added in training, and removed step by step with DDIM."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
+import keras
 import numpy as np
 from keras import ops
+
+SPACINGS = {  # functions of (train_timesteps, n): n timesteps as floats, the least noisy first
+    # Differs from KerasCV: a single step is the last timestep, because the first would leave the
+    # noise as it is.
+    "linspace": lambda total, n: np.linspace(0, total - 1, n) if n > 1 else np.array([total - 1.0]),
+    "leading": lambda total, n: np.arange(n) * float(total // n),
+    "trailing": lambda total, n: np.arange(total, 0, -total / n)[:n][::-1],
+    # Song et al. 2021, https://arxiv.org/abs/2010.02502, appendix D.2, from the first timestep to
+    # the last: proportional to the squares of 0, 1, 2 and so on.
+    "quadratic": lambda total, n: (total - 1) * np.linspace(1, 0, n)[::-1] ** 2,
+}
+VARIANCE_TYPES = (  # of `NoiseScheduler.step`
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+    "learned",
+    "learned_range",
+)
+
+
+class NoiseLevel(NamedTuple):
+    """How noisy a latent is.
+
+    Attributes:
+        timestep: place in the schedule, which the diffusion model is told; None where sampling
+            ends, because no model runs there.
+        alpha: alphas_cumprod there: the share of the signal in the latent's variance.
+    """
+
+    timestep: int | float | None
+    alpha: float
 
 
 def timestep_embedding(timesteps, dim=320, max_period=10000):
     """Encodes timesteps as cosines and sines of geometrically spaced frequencies.
 
     Args:
-        timesteps: array of ints `(B,)`.
+        timesteps: array of ints or floats `(B,)`.
         dim: number of features, even.
         max_period: longest period over 2π, in timesteps.
 
@@ -26,8 +60,30 @@ def timestep_embedding(timesteps, dim=320, max_period=10000):
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype("float32")
 
 
+def diffuse(x0, noise, alpha):
+    """Adds noise to a clean sample: √alpha x0 + √(1 - alpha) noise.
+
+    A pure function of floats, arrays or tensors; alpha is alphas_cumprod at the new noise level.
+
+    Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equation 4.
+    """
+    return alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
+
+
+def join_prediction(x0, noise, alpha, prediction_type="epsilon"):
+    """Returns what the model should predict of `diffuse(x0, noise, alpha)`: its training target.
+
+    See `split_prediction`, the inverse, for the prediction types.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
+    return x0
+
+
 def split_prediction(output, sample, alpha, prediction_type="epsilon"):
-    """Splits a noisy sample √alpha x0 + √(1 - alpha) noise, given what the model says of it.
+    """Splits a noisy sample √alpha x0 + √(1 - alpha) noise by what the model predicts of it.
 
     Args:
         output: what the model predicts, of the sample's shape.
@@ -47,20 +103,53 @@ def split_prediction(output, sample, alpha, prediction_type="epsilon"):
     return output, (sample - signal * output) / sigma
 
 
-def ddim_step(output, sample, alpha, alpha_prev, prediction_type="epsilon"):
-    """Takes one deterministic DDIM step, from noise level `alpha` to `alpha_prev`.
+def ddim(denoise, latent, levels, next_noise):
+    """Samples with DDIM: each step goes to the next noise level along the predicted noise.
 
-    A pure function of arrays or tensors; see `split_prediction` for the arguments.
+    Args:
+        denoise: function of `(latent, alpha, timestep=None)` that returns `(x0, noise)`: the clean
+            latent and the noise that the model predicts.
+        latent: float array `(B, h, w, C)` at the first level.
+        levels: list of `NoiseLevel`, the noisiest first. Sampling ends at the last one.
+        next_noise: function that returns more noise of the latent's shape. DDIM needs none.
+
+    Yields:
+        `(timestep, latent, x0)` after each step: the timestep where the step began, the latent
+        where it ended, and the predicted clean latent. `send(latent)` replaces the latent.
 
     Reference: Song et al. 2021, https://arxiv.org/abs/2010.02502, equation 12 with σ = 0.
     """
-    x0, noise = split_prediction(output, sample, alpha, prediction_type)
-    return alpha_prev**0.5 * x0 + (1 - alpha_prev) ** 0.5 * noise
+    for (timestep, alpha), (_, alpha_next) in zip(levels, levels[1:], strict=False):
+        x0, noise = denoise(latent, alpha, timestep)
+        latent = diffuse(x0, noise, alpha_next)
+        sent = yield timestep, latent, x0
+        latent = latent if sent is None else sent
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of the table of samplers: a generator function, and which noise levels it passes.
+
+    Args:
+        sample: generator function with the arguments and results of `ddim`.
+        extra_point: whether one timestep more is spaced, of which the least noisy is left out:
+            solvers that end without noise take their last step from where there is some left.
+        rounded: whether timesteps are ints; otherwise they are floats between the schedule's.
+        final_alpha: alphas_cumprod where sampling ends; None is `NoiseScheduler.final_alpha`.
+    """
+
+    sample: Callable
+    extra_point: bool = False
+    rounded: bool = True
+    final_alpha: float | None = None
+
+
+DDIM = Sampler(ddim)
 
 
 @dataclass(unsafe_hash=True)
 class NoiseScheduler:
-    """A diffusion process: its betas, forward (`add_noise`) and backward (`step`, `ddim_levels`).
+    """A diffusion process: betas, adding noise (`add_noise`), removing it (`levels`, `step`).
 
     The first six arguments are KerasCV's, with its defaults. Schedules are float64 numpy arrays,
     cast when they are used.
@@ -73,10 +162,10 @@ class NoiseScheduler:
             "_log", which is the same), "learned" or "learned_range".
         clip_sample: whether `step` clips the predicted x0 to [-1, 1].
         prediction_type: see `split_prediction`.
-        spacing: how `ddim_levels` spaces timesteps: "linspace" (both ends), "leading" or "trailing"
-            (Lin et al. 2024, https://arxiv.org/abs/2305.08891, table 2).
+        spacing: how `levels` spaces timesteps: "linspace" (both ends), "leading" or "trailing" (Lin
+            et al. 2024, https://arxiv.org/abs/2305.08891, table 2).
         steps_offset: added to "leading" timesteps.
-        final_alpha: alphas_cumprod after the last DDIM step; None is alphas_cumprod[0].
+        final_alpha: alphas_cumprod where sampling ends; None is alphas_cumprod[0].
 
     Attributes:
         betas, alphas, alphas_cumprod: float64 arrays `(train_timesteps,)`.
@@ -110,35 +199,52 @@ class NoiseScheduler:
     def __len__(self):
         return self.train_timesteps
 
-    def ddim_levels(self, num_steps):
-        """Returns the DDIM steps in the order they are taken.
+    def levels(self, num_steps, spacing=None, sampler=DDIM):
+        """Returns the noise levels that a sampler passes.
 
         Args:
-            num_steps: how many, from 1 to `train_timesteps`; less by the offset of "leading".
+            num_steps: how many steps, from 1 to `train_timesteps`; less by `steps_offset` with
+                "leading", and by one for samplers with an extra point.
+            spacing: a key of `SPACINGS`; None is the schedule's own.
+            sampler: a `Sampler`, which says what its levels are.
 
         Returns:
-            List of `(timestep, alpha, alpha_prev)`: an int and two floats.
+            List of num_steps + 1 `NoiseLevel`, the noisiest first; the last has no timestep.
 
         Raises:
-            ValueError: `num_steps` is something else.
+            ValueError: another number of steps, or an unknown spacing.
         """
-        n, total = num_steps, self.train_timesteps
-        most = total - self.steps_offset * (self.spacing == "leading")
+        n, total, spacing = num_steps, self.train_timesteps, spacing or self.spacing
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}.")
+        extra = int(sampler.extra_point and spacing in ("linspace", "leading"))
+        offset = {"leading": self.steps_offset, "trailing": -1}.get(spacing, 0)
+        most = total - extra - max(offset, 0)
         if not isinstance(n, int | np.integer) or not 1 <= n <= most:
             raise ValueError(f"num_steps must be an int from 1 to {most}, not {n!r}.")
-        timesteps = {
-            # Differs from KerasCV: a single step is the last timestep, because the first would
-            # leave the noise as it is.
-            "linspace": np.linspace(0, total - 1, n).round() if n > 1 else np.array([total - 1]),
-            "leading": np.arange(n) * (total // n) + self.steps_offset,
-            "trailing": np.arange(total, 0, -total / n)[:n].round()[::-1] - 1,
-        }[self.spacing].astype(int)
-        alphas = self.alphas_cumprod[timesteps].tolist()
-        final = float(self.alphas_cumprod[0] if self.final_alpha is None else self.final_alpha)
-        return list(zip(timesteps.tolist(), alphas, [final, *alphas[:-1]], strict=True))[::-1]
+        timesteps = SPACINGS[spacing](total, n + extra)[::-1][:n]
+        if sampler.rounded:  # `maximum` keeps quadratic ones apart, which are dense near zero
+            timesteps = np.maximum(timesteps.round(), np.arange(n)[::-1]).astype(int)
+        timesteps = timesteps + offset
+        alphas = self._alphas_at(timesteps)
+        final = self.final_alpha if sampler.final_alpha is None else sampler.final_alpha
+        final = float(self.alphas_cumprod[0] if final is None else final)
+        levels = zip(timesteps.tolist(), alphas.tolist(), strict=True)
+        return [*(NoiseLevel(*level) for level in levels), NoiseLevel(None, final)]
+
+    def find_timestep(self, alpha):
+        """Returns the timestep, a float, at which alphas_cumprod is `alpha`, see `levels`."""
+        known = _log_sigma(self.alphas_cumprod)
+        return float(np.interp(_log_sigma(alpha), known, np.arange(len(known))))
+
+    def _alphas_at(self, timesteps):
+        if timesteps.dtype == int:
+            return self.alphas_cumprod[timesteps]
+        known = _log_sigma(self.alphas_cumprod)  # between timesteps log σ is linear
+        return 1 / (1 + np.exp(2 * np.interp(timesteps, np.arange(len(known)), known)))
 
     def add_noise(self, original_samples, noise, timesteps):
-        """Diffuses samples to their timesteps: √alpha x0 + √(1 - alpha) noise.
+        """Adds noise to samples as `diffuse` does, to each the noise of its own timestep.
 
         Args:
             original_samples, noise: tensors `(B, h, w, C)`.
@@ -146,8 +252,6 @@ class NoiseScheduler:
 
         Returns:
             Tensor `(B, h, w, C)`.
-
-        Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equation 4.
         """
         alphas = self.alphas_cumprod[:, None, None, None]
         signal = ops.take((alphas**0.5).astype("float32"), timesteps, axis=0)
@@ -156,11 +260,64 @@ class NoiseScheduler:
         return ops.cast(signal, original_samples.dtype) * original_samples + noise
 
     def step(self, model_output, timestep, sample, predict_epsilon=True):
-        """Takes one stochastic (DDPM) step back; see `samplers.ddpm.ddpm_step`.
+        """Takes one stochastic (DDPM) step, from `timestep` to the one before.
 
         Differs from KerasCV, which fails on Keras 3 when `clip_sample` is on, takes log variances
         for variances and looks for a learned variance among the rows, because those are errors.
-        """
-        from stable_diffusion.samplers.ddpm import ddpm_step
 
-        return ddpm_step(self, model_output, timestep, sample, predict_epsilon)
+        Args:
+            model_output: tensor `(B, h, w, C)`; with 2 C channels where the variance is learned.
+            timestep: int.
+            sample: tensor `(B, h, w, C)`, the noisy sample.
+            predict_epsilon: whether the model predicts what `prediction_type` says; otherwise it
+                predicts x0.
+
+        Returns:
+            Tensor `(B, h, w, C)`.
+
+        Raises:
+            ValueError: an unknown `variance_type`, or a timestep outside the schedule.
+
+        Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equations 6 and 7; learned
+        variances as by Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672, equation 15.
+        """
+        kind = self.variance_type
+        if kind not in VARIANCE_TYPES:
+            known = ", ".join(VARIANCE_TYPES)
+            raise ValueError(f"variance_type must be one of {known}, not {kind!r}.")
+        if not 0 <= timestep < len(self):
+            raise ValueError(f"timestep must be from 0 to {len(self) - 1}, not {timestep}.")
+        beta, alpha = float(self.betas[timestep]), float(self.alphas[timestep])
+        level = float(self.alphas_cumprod[timestep])
+        level_next = float(self.alphas_cumprod[timestep - 1]) if timestep > 0 else 1.0
+
+        if kind.startswith("learned"):
+            model_output, predicted = ops.split(model_output, 2, axis=-1)
+        prediction_type = self.prediction_type if predict_epsilon else "sample"
+        x0, _ = split_prediction(model_output, sample, level, prediction_type)
+        if self.clip_sample:
+            x0 = ops.clip(x0, -1.0, 1.0)
+        x0_weight = level_next**0.5 * beta / (1 - level)
+        sample_weight = alpha**0.5 * (1 - level_next) / (1 - level)
+        mean = x0_weight * x0 + sample_weight * sample
+        if timestep == 0:
+            return mean
+
+        small = max((1 - level_next) / (1 - level) * beta, 1e-20)  # the posterior's variance
+        if kind == "learned":
+            deviation = ops.sqrt(predicted)
+        elif kind == "learned_range":
+            share = (predicted + 1) / 2
+            log_variance = share * float(np.log(beta)) + (1 - share) * float(np.log(small))
+            deviation = ops.exp(0.5 * log_variance)
+        else:
+            deviation = (small if kind.startswith("fixed_small") else beta) ** 0.5
+        if not hasattr(self, "seed_generator"):
+            self.seed_generator = keras.random.SeedGenerator(seed=42)  # KerasCV's seed
+        noise = keras.random.normal(ops.shape(sample), seed=self.seed_generator)
+        return mean + deviation * noise
+
+
+def _log_sigma(alpha):
+    """Returns log σ, where σ = √((1 - alpha) / alpha) is the noise beside a signal of weight 1."""
+    return 0.5 * np.log((1 - alpha) / alpha)

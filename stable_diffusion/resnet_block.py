@@ -2,8 +2,8 @@
 
 from keras import layers, ops
 
+from stable_diffusion.block import Block
 from stable_diffusion.padded_conv2d import PaddedConv2D
-from stable_diffusion.pretrained import Block
 
 
 class ResnetBlock(Block):

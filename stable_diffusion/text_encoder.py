@@ -4,7 +4,10 @@ import keras
 from keras import layers, ops
 
 from stable_diffusion.attention_block import Attention
-from stable_diffusion.pretrained import Block, Pretrained
+from stable_diffusion.block import Block
+from stable_diffusion.checkpoints.building import uninitialized
+from stable_diffusion.config import SD1, SD2
+from stable_diffusion.pretrained import Pretrained
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x),  # OpenAI's CLIP, model.py, QuickGELU
@@ -64,23 +67,27 @@ class TextEncoder(Pretrained, keras.Model):
     embedding, `layers[-2]` the last transformer layer.
     """
 
-    part, preset, published = "text", "SD1", "kcv_encoder.h5"
+    default_config, published = SD1.text, "kcv_encoder.h5"
 
     def __init__(self, max_length, vocab_size=None, name=None, download_weights=True, config=None):
-        def graph(c):
+        c = config or self.default_config
+        with uninitialized(download_weights):
             tokens = keras.Input((max_length,), dtype="int32", name="tokens")
             positions = keras.Input((max_length,), dtype="int32", name="positions")
-            size = vocab_size or c.vocab_size
-            x = CLIPEmbedding(size, c.width, max_length, name="clip_embedding")([tokens, positions])
+            embed = CLIPEmbedding(
+                vocab_size or c.vocab_size, c.width, max_length, name="clip_embedding"
+            )
+            x = embed([tokens, positions])
             for i in range(c.depth):
                 x = CLIPEncoderLayer(c.width, c.heads, c.hidden, c.activation, name=f"layer_{i}")(x)
             x = layers.LayerNormalization(epsilon=1e-5, name="final_layer_norm")(x)
-            return [tokens, positions], x
-
-        super().__init__(graph, name, download_weights, config)
+            super().__init__([tokens, positions], x, name=name)
+        self.config = c
+        if download_weights:
+            self.load_published()
 
 
 class TextEncoderV2(TextEncoder):
     """Stable Diffusion 2's text encoder (OpenCLIP ViT-H, its last layer left out)."""
 
-    preset, published = "SD2", "text_encoder_v2_1.h5"
+    default_config, published = SD2.text, "text_encoder_v2_1.h5"

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.checkpoints.presets import TINY
+from stable_diffusion.config import TINY
 
 if keras.backend.backend() == "openvino":  # by default it computes in bfloat16 where the CPU can
     import openvino
@@ -80,7 +80,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.checkpoints.lora import load_lora, unload_lora
+from stable_diffusion.adapters.lora import load_lora, unload_lora
 
 model, target = StableDiffusion(weights="emoji", jit_compile=False), sys.argv[1]
 width = model.config.unet.widths[-1]

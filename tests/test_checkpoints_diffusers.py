@@ -25,7 +25,7 @@ from stable_diffusion import (
 )
 from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.checkpoints.diffusers import DiffusersFolder, save_diffusers
-from stable_diffusion.checkpoints.presets import TINY, TINY_V2, original
+from stable_diffusion.config import TINY, TINY_V2, undo_departures
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 
 MAKE = {
@@ -38,22 +38,22 @@ MAKE = {
 }
 SMALL = replace(TINY, text=replace(TINY.text, vocab_size=600))
 THREE_LEVELS = replace(
-    original(SMALL),
+    undo_departures(SMALL),
     unet=replace(
-        original(SMALL).unet,
+        undo_departures(SMALL).unet,
         widths=(16, 32, 32),
         heads=(1, 2, 4),
         attention=(False, True, True),
         res_blocks=2,
         in_channels=9,
-        latent_scale=4,
+        cell_size=4,
         groups=8,
     ),
     vae=replace(
-        original(SMALL).vae, widths=(8, 16, 16), res_blocks=2, groups=4, scaling_factor=1.0
+        undo_departures(SMALL).vae, widths=(8, 16, 16), res_blocks=2, groups=4, scaling_factor=1.0
     ),
     schedule=replace(
-        original(SMALL).schedule,
+        undo_departures(SMALL).schedule,
         beta_schedule="linear",
         prediction_type="v_prediction",
         spacing="trailing",
@@ -63,7 +63,7 @@ THREE_LEVELS = replace(
 CONFIGS = {
     "v1": SMALL,
     "v2": replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600)),
-    "v2_original": original(replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600))),
+    "v2_original": undo_departures(replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600))),
     "three_levels": THREE_LEVELS,
 }
 
@@ -300,7 +300,7 @@ def test_missing_part(folder):
 
 def test_missing_scheduler_is_stable_diffusions(folder):
     shutil.rmtree(folder / "scheduler")
-    assert DiffusersFolder(folder).config.schedule == original(SMALL).schedule
+    assert DiffusersFolder(folder).config.schedule == undo_departures(SMALL).schedule
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_diffusers_draws_the_same_picture(name, tmp_path):
     torch = pytest.importorskip("torch", reason=reason)
     diffusers = pytest.importorskip("diffusers", reason=reason)
     pytest.importorskip("transformers", reason=reason)
-    config = original({"v1": TINY, "v2": TINY_V2}[name])
+    config = undo_departures({"v1": TINY, "v2": TINY_V2}[name])
     models = {part: make(config) for part, make in MAKE.items()}
     rng = np.random.default_rng(0)
     for model in models.values():

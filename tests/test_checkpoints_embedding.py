@@ -15,8 +15,8 @@ from keras import ops
 from safetensors.numpy import save_file
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
-from stable_diffusion.checkpoints.embedding import expand_tokens, load_embedding
-from stable_diffusion.checkpoints.lora import load_lora, unload_lora
+from stable_diffusion.adapters.embedding import expand_tokens, load_embedding
+from stable_diffusion.adapters.lora import load_lora, unload_lora
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 
 DATA = Path(__file__).parent / "data"

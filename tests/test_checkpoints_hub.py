@@ -19,7 +19,7 @@ from stable_diffusion import Decoder, StableDiffusion
 from stable_diffusion.checkpoints import hub
 from stable_diffusion.checkpoints.hub import PUBLISHED, download
 from stable_diffusion.checkpoints.kerascv import PRESETS, V1_FILES, Preset
-from stable_diffusion.checkpoints.presets import TINY
+from stable_diffusion.config import TINY
 
 pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants, utils  # noqa: E402

@@ -22,7 +22,7 @@ from stable_diffusion import (
     TextEncoderV2,
 )
 from stable_diffusion.checkpoints import kerascv, open_checkpoint
-from stable_diffusion.checkpoints.building import PARTS
+from stable_diffusion.config import COMPONENTS
 from stable_diffusion.checkpoints.kerascv import (
     PRESETS,
     KerasCVFolder,
@@ -30,7 +30,7 @@ from stable_diffusion.checkpoints.kerascv import (
     is_legacy,
     load_legacy,
 )
-from stable_diffusion.checkpoints.presets import SD1, SD1_INPAINTING, SD2, TINY, TINY_V2
+from stable_diffusion.config import SD1, SD1_INPAINTING, SD2, TINY, TINY_V2
 
 LAYOUT = Path(__file__).parent / "data" / "kerascv_h5_layout.json.gz"
 
@@ -385,7 +385,7 @@ def test_no_such_preset():
 def make(part):
     def build(config, download_weights):
         assert not download_weights
-        return tiny(part, replace(TINY, **{PARTS[part]: config}))
+        return tiny(part, replace(TINY, **{COMPONENTS[part]: config}))
 
     return build
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints.diffusers import variables
-from stable_diffusion.checkpoints.lora import load_lora, unload_lora
+from stable_diffusion.adapters.lora import load_lora, unload_lora
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 DATA = Path(__file__).parent / "data"

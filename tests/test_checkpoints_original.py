@@ -20,13 +20,13 @@ from test_checkpoints_diffusers import CONFIGS, MAKE, check_equal, random_models
 from stable_diffusion import SimpleTokenizer, StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint, save
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.checkpoints.config import SD1, SD2, Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.config import SD1, SD2, Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.checkpoints.original import CONFIG_KEY, SingleFile, save_original, slots
-from stable_diffusion.checkpoints.presets import SD1_INPAINTING, original
+from stable_diffusion.config import SD1_INPAINTING, undo_departures
 from stable_diffusion.checkpoints.tensors import SafetensorsFiles
 
 # Narrow, but with the heads that versions 1 and 2 have, so that shapes alone tell the config.
-PLAIN_1 = original(
+PLAIN_1 = undo_departures(
     Config(
         TextConfig(64, 2, 1, 128, vocab_size=600),
         UNetConfig((64, 128), (8, 8), (True, False), 64, res_blocks=1),
@@ -133,9 +133,9 @@ def test_shapes_of_the_published_ones(config, tmp_path):
     reader.path = tmp_path / "x.safetensors"
     reader.source = type("Source", (), {"shapes": shapes | last, "metadata": {}})
     reader.roots = SingleFile.find_roots(shapes)
-    assert reader._detect() == original(config)
+    assert reader._detect() == undo_departures(config)
     reader.source.shapes = shapes  # as if somebody had taken the layer off that isn't used
-    assert reader._detect() == original(config)
+    assert reader._detect() == undo_departures(config)
 
 
 def test_names_as_published(plain, tensors):

@@ -15,7 +15,7 @@ import pytest
 from keras import ops
 from safetensors.numpy import save_file
 
-from stable_diffusion.checkpoints.files import find, new_file, new_folder
+from stable_diffusion.files import find, new_file, new_folder
 from stable_diffusion.checkpoints.kerascv import load_h5, save_legacy
 from stable_diffusion.checkpoints.layout import Layout
 from stable_diffusion.checkpoints.tensors import SafetensorsFiles, load

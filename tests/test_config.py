@@ -5,7 +5,7 @@ import pytest
 
 from stable_diffusion import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.checkpoints.presets import SD1, SD1_INPAINTING, SD2, TINY, TINY_V2, original
+from stable_diffusion.config import SD1, SD1_INPAINTING, SD2, TINY, TINY_V2, undo_departures
 
 large = pytest.mark.large
 
@@ -65,16 +65,16 @@ def test_tiny_sizes_stay_tiny(half, config):
 
 
 def test_original_undoes_every_departure():
-    config = original(SD2)
+    config = undo_departures(SD2)
     assert config.text.activation == "gelu" and config.text.pad_token == 0
     assert config.unet.norm_epsilon == config.vae.norm_epsilon == 1e-6
     assert not config.unet.approximate_gelu
     assert config.schedule.ddim_levels(50)[0][0] == 981
     assert config.schedule.ddim_levels(50)[-1][0] == 1
-    assert original(SD1).text == SD1.text
-    assert original(original(SD2)) == original(SD2)
+    assert undo_departures(SD1).text == SD1.text
+    assert undo_departures(undo_departures(SD2)) == undo_departures(SD2)
 
 
 def test_configs_are_equal_by_value():
-    assert original(SD1) != SD1
-    assert len({SD1, SD2, SD1_INPAINTING, original(SD1), original(SD1)}) == 4
+    assert undo_departures(SD1) != SD1
+    assert len({SD1, SD2, SD1_INPAINTING, undo_departures(SD1), undo_departures(SD1)}) == 4

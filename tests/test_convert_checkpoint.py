@@ -10,9 +10,9 @@ from test_checkpoints_diffusers import check_equal, random_models
 import convert_checkpoint
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint
-from stable_diffusion.checkpoints.building import PARTS
+from stable_diffusion.config import COMPONENTS
 from stable_diffusion.checkpoints.diffusers import save_diffusers
-from stable_diffusion.checkpoints.presets import TINY
+from stable_diffusion.config import TINY
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_to_each_format(format, source, tmp_path, capsys):
     found = StableDiffusion(weights=path, jit_compile=False)
     assert found.config == model.config
     assert found.tokenizer.vocab == model.tokenizer.vocab
-    for part in PARTS:
+    for part in COMPONENTS:
         check_equal(getattr(found, part), parts[part])
 
 

@@ -18,7 +18,7 @@ import train_emoji as script
 from stable_diffusion import Decoder, ImageEncoder, SimpleTokenizer, StableDiffusion
 from stable_diffusion.__main__ import get_unseen
 from stable_diffusion.checkpoints import open_checkpoint
-from stable_diffusion.checkpoints.config import TextConfig
+from stable_diffusion.config import TextConfig
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 
 NAMES = ["red apple", "octopus", "woman's hat"]
@@ -127,7 +127,7 @@ def kill_at(monkeypatch, script, name, count):
         calls.append(args)
         if len(calls) == count:
             raise Killed
-        return original(*args)
+        return undo_departures(*args)
 
     monkeypatch.setattr(script, name, killed)
 

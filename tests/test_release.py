@@ -8,7 +8,7 @@ import pytest
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import release
-from stable_diffusion.checkpoints.presets import TINY
+from stable_diffusion.config import TINY
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from stable_diffusion import (
     StableDiffusionV2,
     TextEncoder,
 )
-from stable_diffusion.checkpoints.presets import TINY, TINY_V2
+from stable_diffusion.config import TINY, TINY_V2
 from stable_diffusion.samplers import DeepCache
 
 BACKEND = keras.backend.backend()

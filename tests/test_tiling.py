@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stable_diffusion import Decoder, StableDiffusion, tiling
-from stable_diffusion.checkpoints.presets import TINY
+from stable_diffusion.config import TINY
 
 TOLERANCE = 1e-5
 JIT = keras.backend.backend() == "jax"  # which is slow without

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from stable_diffusion.checkpoints.config import SD1
+from stable_diffusion.config import SD1
 from stable_diffusion.noise_scheduler import NoiseScheduler, split_prediction
 from stable_diffusion.training.data import (
     NoisyLatents,
@@ -18,7 +18,7 @@ from stable_diffusion.training.data import (
     min_snr_weight,
     sample_posterior,
 )
-from stable_diffusion.training.pictures import Example
+from stable_diffusion.training.folder import Example
 
 SCHEDULE = SD1.schedule
 SCALE = SD1.vae.scaling_factor

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.checkpoints.presets import original
+from stable_diffusion.config import undo_departures
 from stable_diffusion.noise_scheduler import timestep_embedding
 from stable_diffusion.training import (
     Cache,
@@ -314,7 +314,7 @@ def test_diffusers_runs_what_was_trained(few, keys, pictures, tmp_path, relative
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     keras.utils.set_random_seed(0)
     folder = tmp_path / "weights"
-    StableDiffusion(jit_compile=False, weights=None, config=original(few)).save(
+    StableDiffusion(jit_compile=False, weights=None, config=undo_departures(few)).save(
         folder, dtype="float32"
     )
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stable_diffusion.training.pictures import (
+from stable_diffusion.training.folder import (
     Example,
     View,
     crop,

@@ -1,15 +1,15 @@
 """Checkpoints in diffusers' layout, the one most published Stable Diffusions come in.
 
-A folder has a subfolder for each part, with the part's config as JSON and its parameters as
+A folder has a subfolder for each component, with the component's config as JSON and its parameters as
 safetensors:
 
     model_index.json                            which subfolder is what
     text_encoder/config.json                    `TextConfig`
-    text_encoder/model.safetensors              part "text_encoder"
+    text_encoder/model.safetensors              component "text_encoder"
     unet/config.json                            `UNetConfig`
-    unet/diffusion_pytorch_model.safetensors    part "diffusion_model"
+    unet/diffusion_pytorch_model.safetensors    component "diffusion_model"
     vae/config.json                             `VAEConfig`
-    vae/diffusion_pytorch_model.safetensors     parts "decoder" and "image_encoder"
+    vae/diffusion_pytorch_model.safetensors     components "decoder" and "image_encoder"
     scheduler/scheduler_config.json             `NoiseScheduler`
     tokenizer/{vocab.json,merges.txt,...}       `SimpleTokenizer`
 
@@ -21,12 +21,11 @@ from pathlib import Path
 
 import keras
 
-from stable_diffusion.checkpoints.building import PARTS, Reader
-from stable_diffusion.checkpoints.config import Config
 from stable_diffusion.checkpoints.diffusers_config import (
     CONFIGS,
     FAST,
     FOLDERS,
+    INDEX,
     MERGES,
     TOKENIZER_FILES,
     config_files,
@@ -36,32 +35,25 @@ from stable_diffusion.checkpoints.diffusers_config import (
     read_tokenizer,
     write_files,
 )
-from stable_diffusion.checkpoints.files import find, new_folder
 from stable_diffusion.checkpoints.layout import Layout
+from stable_diffusion.checkpoints.names import CLIP, TRANSFORMER
+from stable_diffusion.checkpoints.reader import Reader
 from stable_diffusion.checkpoints.tensors import (
     DTYPES,
     SafetensorsFiles,
-    collect,
-    load,
+    collect_tensors,
+    load_tensors,
     save_safetensors,
 )
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.config import COMPONENTS, Config
+from stable_diffusion.files import find_file, new_folder
 
 SUFFIX = ".safetensors"
 STEMS = {
     "text_encoder": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
-}
-TRANSFORMER = {  # within a spatial transformer, also in the original layout
-    "norm1": "transformer_blocks.0.norm1",
-    "attn1": "transformer_blocks.0.attn1",
-    "norm2": "transformer_blocks.0.norm2",
-    "attn2": "transformer_blocks.0.attn2",
-    "norm3": "transformer_blocks.0.norm3",
-    "geglu": "transformer_blocks.0.ff.net.0",
-    "ff_out": "transformer_blocks.0.ff.net.2",
-    "to_out": "to_out.0",
 }
 VAE = {
     # The attention is four matrices there, and four 1x1 convolutions here and in older files.
@@ -75,23 +67,7 @@ VAE = {
     ),
 }
 LAYOUTS = {
-    "text_encoder": Layout(
-        names={
-            "clip_embedding": "text_model.embeddings",
-            "layer_{i}": "text_model.encoder.layers.{i}",
-            "final_layer_norm": "text_model.final_layer_norm",
-        },
-        within={
-            "to_q": "q_proj",
-            "to_k": "k_proj",
-            "to_v": "v_proj",
-            "to_out": "out_proj",
-            "fc1": "mlp.fc1",
-            "fc2": "mlp.fc2",
-        },
-        ignored=r"(text_model\.)?embeddings\.position_ids|logit_scale|text_projection\.weight",
-        older=(("text_model.", ""),),  # the newest transformers leave it out
-    ),
+    "text_encoder": CLIP,
     "diffusion_model": Layout(
         names={
             "time_embedding_{i}": "time_embedding.linear_{i}",
@@ -140,11 +116,6 @@ LAYOUTS = {
 }
 
 
-def variables(part, model) -> dict:
-    """Returns the variables of a part's model by diffusers' names of them."""
-    return {slot.name: slot.variable for slot in LAYOUTS[part].slots(model)}
-
-
 class DiffusersFolder(Reader):
     """Reads a folder in diffusers' layout: config, parameters and vocabulary.
 
@@ -152,10 +123,10 @@ class DiffusersFolder(Reader):
     `DDIMScheduler.from_config`.
 
     Args:
-        folder: path of a folder, on this computer. It needs only the parts that are asked for.
+        folder: path of a folder, on this computer. It needs only the components that are asked for.
 
     Attributes:
-        config: the `Config`; where a part's folder is missing, Stable Diffusion 1's of the part.
+        config: the `Config`; where a component's folder is missing, Stable Diffusion 1's of the component.
 
     Raises:
         ValueError: a config file that can't be read, or says what isn't supported here.
@@ -163,35 +134,42 @@ class DiffusersFolder(Reader):
 
     loads = True
 
+    @staticmethod
+    def recognize(path):
+        """Tells whether a path is such a folder."""
+        return (path / INDEX).is_file() or (path / "unet").is_dir()
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.files = read_files(self.folder)
         super().__init__(read_config(self.folder, self.files))
 
-    def build(self, part, make):
+    def build(self, component, make):
         """See `Reader.build`.
 
         Raises:
-            ValueError: the folder hasn't the part, or not all of it; the message lists what is
+            ValueError: the folder hasn't the component, or not all of it; the message lists what is
                 missing, unused or misshapen.
         """
-        if f"{FOLDERS[part]}/config.json" not in self.files:
-            missing = self.folder / FOLDERS[part] / "config.json"
-            raise ValueError(f"The {part} can't be loaded: there is no {missing}.")
-        return super().build(part, make)
+        if f"{FOLDERS[component]}/config.json" not in self.files:
+            missing = self.folder / FOLDERS[component] / "config.json"
+            raise ValueError(f"The {component} can't be loaded: there is no {missing}.")
+        return super().build(component, make)
 
-    def load(self, part, model):
-        """Loads a part's parameters, in the dtype of the model's: all of them, or none.
+    def load(self, component, model):
+        """Loads a component's parameters, in the dtype of the model's: all of them, or none.
 
         Args:
-            part: key of `PARTS`.
+            component: key of `COMPONENTS`.
             model: the model, built from the config.
 
         Raises:
             ValueError: as `build`.
         """
-        layout = LAYOUTS[part]
-        load(part, layout.slots(model), _tensors(self.folder, FOLDERS[part]), layout)
+        layout = LAYOUTS[component]
+        load_tensors(
+            component, layout.slots(model), _tensors(self.folder, FOLDERS[component]), layout
+        )
 
     def tokenizer(self):
         """Returns the folder's tokenizer; CLIP's where it has none.
@@ -203,7 +181,7 @@ class DiffusersFolder(Reader):
 
 
 class HubFolder(DiffusersFolder):
-    """Reads a repository in diffusers' layout; a part's parameters are downloaded when it is built.
+    """Reads a repository in diffusers' layout; a component's parameters are downloaded when it is built.
 
     Args:
         repository: a `hub.Repository`.
@@ -214,8 +192,8 @@ class HubFolder(DiffusersFolder):
 
     def __init__(self, repository):
         self.repository = repository
-        names = {*CONFIGS, *TOKENIZER_FILES, MERGES, FAST} & {*repository.files}
-        if not names:
+        names = {*CONFIGS, *TOKENIZER_FILES, INDEX, MERGES, FAST} & {*repository.files}
+        if not names - {INDEX}:
             raise ValueError(
                 f"{repository} is not in diffusers' layout: it has none of {', '.join(CONFIGS)}."
             )
@@ -223,15 +201,15 @@ class HubFolder(DiffusersFolder):
             repository.fetch(name)
         super().__init__(repository.folder)
 
-    def build(self, part, make):
+    def build(self, component, make):
         """See `DiffusersFolder.build`."""
-        subfolder = FOLDERS[part]
+        subfolder = FOLDERS[component]
         there = [p.name for p in map(Path, self.repository.files) if p.parent.name == subfolder]
         if name := tensor_files(subfolder, there):
             path = self.repository.fetch(f"{subfolder}/{name}")
             for shard in shards(path) if name.endswith(".json") else ():
                 self.repository.fetch(f"{subfolder}/{shard}")
-        return super().build(part, make)
+        return super().build(component, make)
 
 
 def save_diffusers(
@@ -239,7 +217,7 @@ def save_diffusers(
     config: Config,
     models: dict,
     tokenizer: SimpleTokenizer | None = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
 ):
     """Writes a checkpoint that `DiffusersFolder` and diffusers' `StableDiffusionPipeline` load.
 
@@ -249,32 +227,32 @@ def save_diffusers(
     Args:
         folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
         config: the `Config` the models were built from.
-        models: dict from part (key of `PARTS`) to model. The decoder and the image encoder are one
+        models: dict from component (key of `COMPONENTS`) to model. The decoder and the image encoder are one
             file, so there must be both or none.
         tokenizer: None for CLIP's.
-        dtype: "float16", "bfloat16" or "float32".
+        dtype: "float16", "bfloat16" or "float32"; None is that of the parameters.
 
     Raises:
-        ValueError: an unknown part or dtype, half a VAE, a folder of something else, a padding
+        ValueError: an unknown component or dtype, half a VAE, a folder of something else, a padding
             token that diffusers' files can't tell, or parameters that `dtype` can't hold.
     """
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    if unknown := models.keys() - PARTS.keys():
-        raise ValueError(f"Parts are {', '.join(PARTS)}, not {', '.join(sorted(unknown))}.")
+    if unknown := models.keys() - COMPONENTS.keys():
+        raise ValueError(f"Parts are {', '.join(COMPONENTS)}, not {', '.join(sorted(unknown))}.")
     if ("decoder" in models) != ("image_encoder" in models):
         raise ValueError("The VAE is one file: pass decoder and image_encoder, or neither.")
-    with new_folder(folder, "model_index.json") as written:
+    with new_folder(folder, INDEX) as written:
         write_files(written, config_files(config, models, tokenizer or SimpleTokenizer()))
-        for subfolder in dict.fromkeys(FOLDERS[part] for part in models):
+        for subfolder in dict.fromkeys(FOLDERS[component] for component in models):
             slots = [
                 slot
-                for part, model in models.items()
-                if FOLDERS[part] == subfolder
-                for slot in LAYOUTS[part].slots(model)
+                for component, model in models.items()
+                if FOLDERS[component] == subfolder
+                for slot in LAYOUTS[component].slots(model)
             ]
             path = written / subfolder / f"{STEMS[subfolder]}.safetensors"
-            save_safetensors(path, collect(slots, dtype))
+            save_safetensors(path, collect_tensors(slots, dtype))
 
 
 def tensor_files(subfolder, names):
@@ -311,10 +289,10 @@ def _tensors(folder, subfolder):
     if name is None:
         stem = f"{STEMS[subfolder]}.safetensors"
         raise ValueError(f"There is no {stem} in {folder / subfolder}, nor an fp16 or sharded one.")
-    path = find(folder, f"{subfolder}/{name}")
+    path = find_file(folder, f"{subfolder}/{name}")
     if not name.endswith(".json"):
         return SafetensorsFiles(path)
-    files = {shard: find(folder, f"{subfolder}/{shard}") for shard in shards(path)}
+    files = {shard: find_file(folder, f"{subfolder}/{shard}") for shard in shards(path)}
     if missing := [shard for shard, file in files.items() if file is None]:
         raise ValueError(f"{path} names {missing[0]!r}, which is missing.")
     return SafetensorsFiles(path, list(files.values()))

@@ -1,6 +1,6 @@
 """Configs in diffusers' words: what its JSON files say of each model, and how it is read.
 
-They are the `config.json` of each part, the scheduler's and the tokenizer's files. Formats without
+They are the `config.json` of each component, the scheduler's and the tokenizer's files. Formats without
 a config of their own carry the same ones (see `kerascv` and `original`).
 
 Three fields have no word in diffusers, where they are constants (those of the original dialect, see
@@ -10,16 +10,16 @@ a model has the same parameters, but not the same dialect.
 """
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
-from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig, VAEConfig
-from stable_diffusion.checkpoints.embedding import expand_tokens
-from stable_diffusion.checkpoints.files import find
-from stable_diffusion.clip_tokenizer import END, START, SimpleTokenizer
+from stable_diffusion.clip_tokenizer import END, START, SimpleTokenizer, expand_tokens
+from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.files import find_file
 from stable_diffusion.noise_scheduler import NoiseScheduler
 
-FOLDERS = {  # part, and where its config and parameters are
+FOLDERS = {  # component, and where its config and parameters are
     "text_encoder": "text_encoder",
     "diffusion_model": "unet",
     "decoder": "vae",
@@ -37,6 +37,8 @@ TOKENIZER_FILES = (
     "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer_config.json",
 )
+INDEX = "model_index.json"  # which subfolder is what; only our own key in it is read
+GUIDANCE = "_guidance_scale"  # diffusers passes over keys that begin with an underscore
 MERGES = "tokenizer/merges.txt"
 FAST = "tokenizer/tokenizer.json"  # all of a tokenizer in one, what transformers 5 writes
 
@@ -167,14 +169,14 @@ def read_files(folder) -> dict:
     Raises:
         ValueError: a file that isn't what its name says.
     """
-    paths = {name: find(folder, name) for name in (*CONFIGS, *TOKENIZER_FILES)}
+    paths = {name: find_file(folder, name) for name in (INDEX, *CONFIGS, *TOKENIZER_FILES)}
     files = {name: read_json(path) for name, path in paths.items() if path}
-    if path := find(folder, MERGES):
+    if path := find_file(folder, MERGES):
         try:
             files[MERGES] = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no text file: {error}") from error
-    if path := find(folder, FAST):
+    if path := find_file(folder, FAST):
         files |= _unpack(path, read_json(path))
     return files
 
@@ -249,7 +251,7 @@ def read_config(where, files) -> Config:
 
     Args:
         where: path of the folder or file they come from, for errors.
-        files: dict as of `read_files`. Where a part's is missing, Stable Diffusion 1's stands in.
+        files: dict as of `read_files`. Where a component's is missing, Stable Diffusion 1's stands in.
 
     Raises:
         ValueError: a file that says what isn't supported here, or none of a model.
@@ -272,7 +274,15 @@ def read_config(where, files) -> Config:
     if "unet" in data:
         unet, size = _read_unet(paths["unet"], data["unet"], scale)
     schedule = _read_schedule(paths["scheduler"], data.get("scheduler"))
-    return Config(text, unet, vae, schedule, size * scale)
+    guidance = _read_guidance(where / INDEX, files.get(INDEX, {}))
+    return Config(text, unet, vae, schedule, size * scale, guidance)
+
+
+def _read_guidance(path, data):
+    scale = data.get(GUIDANCE, Config.guidance_scale)
+    if type(scale) not in (int, float) or not 0 <= scale < math.inf:
+        raise _unsupported(path, GUIDANCE, scale, "a number from 0")
+    return float(scale)
 
 
 def read_tokenizer(where, files, config) -> SimpleTokenizer:
@@ -338,7 +348,7 @@ def _read_text(path, data, where, files):
     return TextConfig(**fields, activation=activation, pad_token=pad_token)
 
 
-def _read_unet(path, data, latent_scale):
+def _read_unet(path, data, cell_size):
     """Returns the `UNetConfig` and the side in latent cells it was trained at."""
     fields = _fields(path, data, UNET, UNetConfig)
     widths = fields["widths"]
@@ -367,7 +377,7 @@ def _read_unet(path, data, latent_scale):
         heads=tuple(heads),
         attention=attention,
         **_own_fields(data, "norm_epsilon", "approximate_gelu"),
-        latent_scale=latent_scale,
+        cell_size=cell_size,
     )
     return config, size
 
@@ -403,7 +413,7 @@ def config_files(config, models, tokenizer) -> dict:
     Args:
         config: the `Config` the models were built from. `NoiseScheduler.clip_sample` isn't
             written: DDIM clips nothing here, and False is what tells diffusers so.
-        models: dict from part to model; the files are of these parts.
+        models: dict from component to model; the files are of these components.
         tokenizer: a `SimpleTokenizer`.
 
     Raises:
@@ -418,9 +428,10 @@ def config_files(config, models, tokenizer) -> dict:
     if schedule.final_alpha not in (None, 1.0):
         raise ValueError(f"final_alpha must be None or 1.0, not {schedule.final_alpha}.")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pads[pad_id]}
-    present = dict.fromkeys(FOLDERS[part] for part in models)
+    present = dict.fromkeys(FOLDERS[component] for component in models)
+    own = {GUIDANCE: config.guidance_scale}
     files = {
-        "model_index.json": {
+        INDEX: {
             "_class_name": "StableDiffusionPipeline",
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
@@ -431,6 +442,7 @@ def config_files(config, models, tokenizer) -> dict:
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
+            **({} if config.guidance_scale == Config.guidance_scale else own),
         },
         MERGES: _merges(tokenizer),
         "tokenizer/vocab.json": {t: n for n, t in enumerate(tokenizer.vocab[: end + 1])},
@@ -475,7 +487,7 @@ def config_files(config, models, tokenizer) -> dict:
             "attention_head_dim": list(unet.heads),
             "down_block_types": [UNET_BLOCKS[level][0] for level in unet.attention],
             "up_block_types": [UNET_BLOCKS[level][1] for level in reversed(unet.attention)],
-            "sample_size": config.size // unet.latent_scale,
+            "sample_size": config.size // unet.cell_size,
             **_departures(unet, "norm_epsilon", "approximate_gelu"),
         }
     if "vae" in present:
@@ -495,6 +507,13 @@ def _departures(config, *names):
     """Returns the fields that diffusers has no word for and that aren't as they are there."""
     original = _own_fields({}, *names)
     return {n: getattr(config, n) for n in names if getattr(config, n) != original[n]}
+
+
+def without_index(files):
+    """Returns what formats without diffusers' index keep of `config_files`."""
+    index = files[INDEX]
+    own = {INDEX: {GUIDANCE: index[GUIDANCE]}} if GUIDANCE in index else {}
+    return {name: data for name, data in files.items() if name != INDEX} | own
 
 
 def write_files(folder, files):

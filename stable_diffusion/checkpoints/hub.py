@@ -52,7 +52,7 @@ BY_HAND = (
 )
 
 
-def download(filename) -> str:
+def download_published(filename) -> str:
     """Returns the path of a published file, downloaded if it isn't in the cache.
 
     Args:
@@ -76,7 +76,7 @@ def download(filename) -> str:
     return path
 
 
-def find(address):
+def find_repository(address):
     """Returns the `Repository` and the name of the file, or None, that an address tells.
 
     Args:

@@ -19,19 +19,20 @@ from typing import NamedTuple
 import h5py
 from keras import ops
 
-from stable_diffusion.checkpoints.building import PARTS, Reader, forget_compiled
-from stable_diffusion.checkpoints.config import SD1, SD2, Config
 from stable_diffusion.checkpoints.diffusers_config import (
     config_files,
     read_config,
     read_files,
     read_tokenizer,
+    without_index,
     write_files,
 )
-from stable_diffusion.checkpoints.files import new_file, new_folder
-from stable_diffusion.checkpoints.hub import download
+from stable_diffusion.checkpoints.hub import download_published
+from stable_diffusion.checkpoints.reader import Reader
 from stable_diffusion.checkpoints.tensors import spoil
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.config import COMPONENTS, SD1, SD2, Config
+from stable_diffusion.files import new_file, new_folder
 
 V1_FILES = {
     "text_encoder": "kcv_encoder.h5",
@@ -43,14 +44,12 @@ V2_FILES = V1_FILES | {  # the VAE is the same
     "text_encoder": "text_encoder_v2_1.h5",
     "diffusion_model": "diffusion_model_v2_1.h5",
 }
-
-
-KERAS_FILES = {part: f"{part}.weights.h5" for part in PARTS}
+KERAS_FILES = {component: f"{component}.weights.h5" for component in COMPONENTS}
 CONFIG = "config"  # subfolder
 
 
 class Preset(NamedTuple):
-    """A published checkpoint: its `Config`, and the file of each part."""
+    """A published checkpoint: its `Config`, and the file of each component."""
 
     config: Config
     files: dict[str, str]
@@ -76,27 +75,27 @@ MAX_LISTED = 100_000  # names of layers or tensors; Stable Diffusion has a few h
 
 
 class KerasCVFiles(Reader):
-    """Loads each part from one .h5 file; subclasses say from which.
+    """Loads each component from one .h5 file; subclasses say from which.
 
-    The file is found before the part is built, so that a missing one is told at once.
+    The file is found before the component is built, so that a missing one is told at once.
     """
 
     loads = True
 
-    def find(self, part) -> str:
-        """Returns the path of a part's file."""
+    def find(self, component) -> str:
+        """Returns the path of a component's file."""
         raise NotImplementedError
 
-    def build(self, part, make):
-        self.find(part)
-        return super().build(part, make)
+    def build(self, component, make):
+        self.find(component)
+        return super().build(component, make)
 
-    def load(self, part, model):
-        model.load_weights(self.find(part))
+    def load(self, component, model):
+        model.load_weights(self.find(component))
 
 
 class KerasCVPreset(KerasCVFiles):
-    """Loads a published checkpoint. A part's file is downloaded when the part is first built.
+    """Loads a published checkpoint. A component's file is downloaded when the component is first built.
 
     Args:
         name: a key of `PRESETS`.
@@ -111,14 +110,14 @@ class KerasCVPreset(KerasCVFiles):
         config, self.files = PRESETS[name]
         super().__init__(config)
 
-    def find(self, part):
-        return download(self.files[part])
+    def find(self, component):
+        return download_published(self.files[component])
 
 
 class KerasCVFolder(KerasCVFiles):
-    """Loads files from a folder: with KerasCV's published names, or one .weights.h5 for each part.
+    """Loads files from a folder: with KerasCV's published names, or one .weights.h5 for each component.
 
-    Only the parts asked for must be there. Published names are Stable Diffusion 2's if the folder
+    Only the components asked for must be there. Published names are Stable Diffusion 2's if the folder
     has that one's text encoder or diffusion model. If it has both versions', `config` decides.
 
     Args:
@@ -130,12 +129,21 @@ class KerasCVFolder(KerasCVFiles):
         ValueError: no such folder; `build`: no such file in it.
     """
 
+    @staticmethod
+    def recognize(path):
+        """Tells whether a path is such a folder."""
+        return path.is_dir() and any(path.glob("*.h5"))
+
     def __init__(self, folder, config):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"There is no folder {self.folder}.")
         has = {
-            version: any((self.folder / files[part]).is_file() for part in PARTS if part in files)
+            version: any(
+                (self.folder / files[component]).is_file()
+                for component in COMPONENTS
+                if component in files
+            )
             for version, files in {
                 "1": {k: V1_FILES[k] for k in ("text_encoder", "diffusion_model")},
                 "2": {k: V2_FILES[k] for k in ("text_encoder", "diffusion_model")},
@@ -155,41 +163,54 @@ class KerasCVFolder(KerasCVFiles):
         """Returns the tokenizer in the folder's `config`; CLIP's where there is none."""
         return read_tokenizer(self.folder / CONFIG, self.configs, self.config.text)
 
-    def find(self, part):
-        path = self.folder / self.files[part]
+    def find(self, component):
+        path = self.folder / self.files[component]
         if not path.is_file():
             there = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
             raise ValueError(
-                f"{self.folder} has no {path.name}, the file of the {part.replace('_', ' ')}. "
+                f"{self.folder} has no {path.name}, the file of the {component.replace('_', ' ')}. "
                 f"It has: {there}."
             )
         return str(path)
 
 
-def save_keras(folder, config, models, tokenizer=None, legacy=False):
-    """Writes a folder of one file for each part, in the dtype of the models.
+def save_keras(folder, config, models, tokenizer=None, dtype=None):
+    """Writes a folder of Keras 3's .weights.h5, one for each component, in the models' dtype.
 
     Args:
         folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
         config: the `Config` the models were built from; it goes to the subfolder `config`.
-        models: dict from part to model.
+        models: dict from component to model.
         tokenizer: None for CLIP's.
-        legacy: whether to write KerasCV's files, which KerasCV loads with `load_weights`, under the
-            published names; if not, Keras 3's .weights.h5.
+        dtype: None, or the models' own.
 
     Raises:
-        ValueError: a folder of something else.
+        ValueError: a folder of something else, or another dtype.
     """
+    _save_folder(folder, config, models, tokenizer, dtype, "keras")
+
+
+def save_kerascv(folder, config, models, tokenizer=None, dtype=None):
+    """Writes a folder of .h5 files that KerasCV loads with `load_weights`, under its names.
+
+    Arguments and errors are those of `save_keras`.
+    """
+    _save_folder(folder, config, models, tokenizer, dtype, "kerascv")
+
+
+def _save_folder(folder, config, models, tokenizer, dtype, format):
+    own = models["diffusion_model"].weights[0].dtype
+    if dtype not in (None, own):
+        raise ValueError(f"The {format} format is written in the models' {own}, not {dtype}.")
     names = V2_FILES if config.unet.linear_projection else V1_FILES
     with new_folder(folder, CONFIG) as written:
         files = config_files(config, models, tokenizer or SimpleTokenizer())
-        del files["model_index.json"]
-        write_files(written / CONFIG, files)
-        for part, model in models.items():
-            if legacy:
-                save_legacy(model, written / names[part])
+        write_files(written / CONFIG, without_index(files))
+        for component, model in models.items():
+            if format == "kerascv":
+                save_legacy(model, written / names[component])
             else:
-                model.save_weights(written / KERAS_FILES[part])
+                model.save_weights(written / KERAS_FILES[component])
 
 
 def save_legacy(model, path):
@@ -228,7 +249,6 @@ def load_h5(model, path, load, **kwargs):
         ValueError: the file is truncated, corrupt or of another model; the message names the file
             and what differs.
     """
-    forget_compiled(model)
     if is_legacy(path):
         return load_legacy(model, path)
     if not str(path).endswith(OTHER_FORMATS):

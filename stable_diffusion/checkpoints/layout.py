@@ -35,7 +35,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a format calls the tensors of one part.
+    """What a format calls the tensors of one component.
 
     A path such as "down_0_attn_1/attn1/to_q/kernel" is translated component by component: the first
     by `names`, the last by `LEAVES`, and those between by `within`, or by `residual` in a residual
@@ -52,7 +52,7 @@ class Layout:
             matching part is replaced by. If the pattern has a group "qkv", the tensor holds three
             of our variables, one below the other, and the group tells which.
         matrices: pattern of paths whose 1x1 kernels are stored as matrices.
-        ignored: pattern of names that a file may have beside the part's.
+        ignored: pattern of names that a file may have beside the component's.
         older: what versions of the format name otherwise: pairs of a text in names, and the other.
     """
 
@@ -69,7 +69,7 @@ class Layout:
         """Returns the slot of each of a model's variables, in their order.
 
         Args:
-            model: the Keras model of the part.
+            model: the Keras model of the component.
             attention, res_blocks: of its config, where `names` count over all levels.
 
         Raises:

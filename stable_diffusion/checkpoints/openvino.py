@@ -16,18 +16,19 @@ import keras
 import numpy as np
 from keras import ops
 
-from stable_diffusion.checkpoints.building import Reader, loaded
 from stable_diffusion.checkpoints.diffusers_config import (
     config_files,
     read_config,
     read_files,
     read_tokenizer,
+    without_index,
     write_files,
 )
-from stable_diffusion.checkpoints.files import new_folder
+from stable_diffusion.checkpoints.reader import Reader, loaded
+from stable_diffusion.files import new_folder
 
 CONFIG = "config"  # subfolder
-PARTS = ("text_encoder", "diffusion_model", "decoder")
+NEEDED = ("text_encoder", "diffusion_model", "decoder")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -107,6 +108,11 @@ class OpenVINOFolder(Reader):
 
     loads = True
 
+    @staticmethod
+    def recognize(path):
+        """Tells whether a path is such a folder."""
+        return (path / "diffusion_model.xml").is_file()
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.files = read_files(self.folder / CONFIG)
@@ -116,9 +122,9 @@ class OpenVINOFolder(Reader):
         """Returns the tokenizer in the folder's `config`; CLIP's where there is none."""
         return read_tokenizer(self.folder / CONFIG, self.files, self.config.text)
 
-    def build(self, part, make):
-        """Returns the `CompiledModel` of a part."""
-        path = self.folder / f"{part}.xml"
+    def build(self, component, make):
+        """Returns the `CompiledModel` of a component."""
+        path = self.folder / f"{component}.xml"
         if not path.is_file():
             raise ValueError(f"{self.folder} has no {path.name}: it draws, and does nothing else.")
         model = CompiledModel(path)
@@ -132,7 +138,7 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
     Args:
         folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
         config: the `Config` the models were built from.
-        models: dict from each of `PARTS` to its Keras model.
+        models: dict from each of `NEEDED` to its Keras model.
         tokenizer: the `SimpleTokenizer`.
         dtype: of the parameters in the file, one of `DTYPES`. None is "bfloat16" where the
             processor computes in it, else "float16".
@@ -155,10 +161,9 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
     with new_folder(folder, CONFIG) as written:
         size = models["decoder"].output_shape[1]
         files = config_files(replace(config, size=size), models, tokenizer)
-        del files["model_index.json"]
-        write_files(written / CONFIG, files)
-        for part in PARTS:
-            graph, path = _graph(models[part]), written / f"{part}.xml"
+        write_files(written / CONFIG, without_index(files))
+        for component in NEEDED:
+            graph, path = _graph(models[component]), written / f"{component}.xml"
             if dtype == "bfloat16":
                 _narrow(graph)
             _multiply(graph)

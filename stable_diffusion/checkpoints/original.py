@@ -1,7 +1,7 @@
-"""Checkpoints in the original layout: one file with all parts, .safetensors or .ckpt.
+"""Checkpoints in the original layout: one file with all components, .safetensors or .ckpt.
 
 CompVis and Stability published Stable Diffusion 1 and 2 so, and most community sites share models
-so. The names say which part a tensor belongs to:
+so. The names say which component a tensor belongs to:
 
     model.diffusion_model.*         the diffusion model
     first_stage_model.*             the VAE: decoder and image encoder
@@ -25,29 +25,28 @@ from pathlib import Path
 
 import numpy as np
 
-from stable_diffusion.checkpoints.building import PARTS, Reader
-from stable_diffusion.checkpoints.config import SD1, SD2, Config
-from stable_diffusion.checkpoints.diffusers import LAYOUTS as DIFFUSERS
-from stable_diffusion.checkpoints.diffusers import TRANSFORMER
 from stable_diffusion.checkpoints.diffusers_config import (
     MERGES,
     config_files,
     read_config,
     read_tokenizer,
+    without_index,
 )
 from stable_diffusion.checkpoints.layout import Layout
-from stable_diffusion.checkpoints.presets import original
+from stable_diffusion.checkpoints.names import CLIP, TRANSFORMER
+from stable_diffusion.checkpoints.reader import Reader
 from stable_diffusion.checkpoints.tensors import (
+    TORCH_SUFFIXES,
     SafetensorsFiles,
     TorchFile,
-    collect,
-    load,
+    collect_tensors,
+    load_tensors,
     looks_like,
     save_safetensors,
 )
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.config import COMPONENTS, SD1, SD2, Config, undo_departures
 
-TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
 VAE = {
     "within": {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out", "attn": None},
     "residual": {"conv_shortcut": "nin_shortcut"},
@@ -113,7 +112,7 @@ LAYOUTS = {
         **VAE,
     ),
 }
-CLIP_LAYOUT = replace(DIFFUSERS["text_encoder"], prefix="cond_stage_model.transformer.")
+CLIP_LAYOUT = replace(CLIP, prefix="cond_stage_model.transformer.")
 OPENCLIP_LAYOUT = Layout(
     names={
         "clip_embedding": None,
@@ -139,7 +138,7 @@ OPENCLIP_LAYOUT = Layout(
     ),
     ignored=r"text_projection(\.weight)?|logit_scale|attn_mask",
 )
-ROOTS = {  # one tensor of each part, and what files put before the part's names
+ROOTS = {  # one tensor of each component, and what files put before the component's names
     "diffusion_model": ("input_blocks.0.0.weight", ("model.diffusion_model.", "")),
     "decoder": ("decoder.conv_in.weight", ("first_stage_model.", "vae.", "")),
     "image_encoder": ("encoder.conv_in.weight", ("first_stage_model.", "vae.", "")),
@@ -154,14 +153,19 @@ ROOTS = {  # one tensor of each part, and what files put before the part's names
     "openclip": ("ln_final.weight", ("cond_stage_model.model.", "")),
 }
 CONFIG_KEY = "stable_diffusion.config"  # of the metadata: JSON of the files of `diffusers_config`
-UNNEEDED = ("model_index.json", "tokenizer/vocab.json", "tokenizer/tokenizer_config.json")
+UNNEEDED = ("tokenizer/vocab.json", "tokenizer/tokenizer_config.json")
 # The last layer of OpenCLIP, which isn't used but is in every file: of zeros in those written here.
 UNUSED = "cond_stage_model.model.transformer.resblocks.{}."
 V_KEYS = ("v_pred", "v-pred")  # an empty tensor of this name marks a model that predicts v
 
 
+def is_single_file(path):
+    """Tells whether a path is a file that may be in the original layout, by its suffix."""
+    return path.suffix in (".safetensors", *TORCH_SUFFIXES) and path.is_file()
+
+
 class SingleFile(Reader):
-    """Reads a file in the original layout; it needs only the parts that are asked for.
+    """Reads a file in the original layout; it needs only the components that are asked for.
 
     Args:
         path: path of a .safetensors file, or of a .ckpt, for which PyTorch has to be installed.
@@ -181,13 +185,13 @@ class SingleFile(Reader):
 
     def __init__(self, path: str | Path, prediction_type: str | None = None, ema: bool = False):
         self.path, self.ema = Path(path), ema
-        kind = TorchFile if self.path.suffix in TORCH_FILES else SafetensorsFiles
+        kind = TorchFile if self.path.suffix in TORCH_SUFFIXES else SafetensorsFiles
         self.source = kind(self.path)
         names = self.source.shapes
         self.roots = self.find_roots(names)
         if all(root is None for root in self.roots.values()):
             raise ValueError(
-                f"{path} has no part of a Stable Diffusion in the original layout: there is no "
+                f"{path} has no component of a Stable Diffusion in the original layout: there is no "
                 f"tensor such as {ROOTS['diffusion_model'][1][0]}{ROOTS['diffusion_model'][0]}."
                 f"{looks_like(names)}"
             )
@@ -203,33 +207,33 @@ class SingleFile(Reader):
 
     @staticmethod
     def find_roots(names):
-        """Returns what the file puts before the names of each part, None where it hasn't it."""
+        """Returns what the file puts before the names of each component, None where it hasn't it."""
         return {
-            part: next((root for root in roots if root + name in names), None)
-            for part, (name, roots) in ROOTS.items()
+            component: next((root for root in roots if root + name in names), None)
+            for component, (name, roots) in ROOTS.items()
         }
 
-    def build(self, part, make):
-        """See `Reader.build`; a ValueError if the file hasn't the part."""
-        self._layout(part)
-        return super().build(part, make)
+    def build(self, component, make):
+        """See `Reader.build`; a ValueError if the file hasn't the component."""
+        self._layout(component)
+        return super().build(component, make)
 
-    def load(self, part, model):
-        """Loads a part's parameters: all of them, or none and a ValueError."""
-        layout = self._layout(part)
-        slots = layout.slots(model, **_counting(part, self.config))
-        if part == "diffusion_model" and self.ema:
+    def load(self, component, model):
+        """Loads a component's parameters: all of them, or none and a ValueError."""
+        layout = self._layout(component)
+        slots = layout.slots(model, **_counting(component, self.config))
+        if component == "diffusion_model" and self.ema:
             slots = [slot._replace(name=_ema_name(slot.name)) for slot in slots]
             layout = replace(layout, prefix="model_ema.", ignored="decay|num_updates")
-        load(part, slots, self.source, layout)
+        load_tensors(component, slots, self.source, layout)
 
     def tokenizer(self):
         """Returns the tokenizer in the metadata; CLIP's where there is none."""
         return read_tokenizer(self.path, self.files, self.config.text)
 
-    def _layout(self, part):
-        """Returns the layout of a part, with the prefix that this file has."""
-        if part == "text_encoder":
+    def _layout(self, component):
+        """Returns the layout of a component, with the prefix that this file has."""
+        if component == "text_encoder":
             if self.roots["openclip"] is not None:
                 last = f"|transformer\\.resblocks\\.{self.config.text.depth}\\..*"  # is left out
                 layout = replace(OPENCLIP_LAYOUT, ignored=OPENCLIP_LAYOUT.ignored + last)
@@ -238,11 +242,11 @@ class SingleFile(Reader):
             root = root and root.removesuffix("text_model.")
             layout = CLIP_LAYOUT
         else:
-            root = self.roots[part]
-            layout = LAYOUTS[part]
+            root = self.roots[component]
+            layout = LAYOUTS[component]
         if root is None:
             raise ValueError(
-                f"{self.path} has no {part.replace('_', ' ')}: there are no {layout.prefix}* of it."
+                f"{self.path} has no {component.replace('_', ' ')}: there are no {layout.prefix}* of it."
                 f"{looks_like(self.source.shapes)}"
             )
         return replace(layout, prefix=root)
@@ -252,7 +256,7 @@ class SingleFile(Reader):
         shapes, roots = self.source.shapes, self.roots
         projections = [len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")]
         v2 = roots["openclip"] is not None or projections[:1] == [2]
-        config = original(SD2 if v2 else SD1)
+        config = undo_departures(SD2 if v2 else SD1)
         try:
             unet = _unet_config(shapes, roots["diffusion_model"], config.unet)
             text = _text_config(shapes, roots, config.text)
@@ -273,53 +277,53 @@ def save_original(
     config: Config,
     models: dict,
     tokenizer: SimpleTokenizer | None = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
 ):
     """Writes one .safetensors file that `SingleFile` and tools for the original layout load.
 
     Args:
         path: path of the file; one that exists is replaced at the very end.
         config: the `Config` the models were built from.
-        models: dict from part (key of `PARTS`) to model.
+        models: dict from component (key of `COMPONENTS`) to model.
         tokenizer: None for CLIP's.
-        dtype: "float16", "bfloat16" or "float32".
+        dtype: "float16", "bfloat16" or "float32"; None is that of the parameters.
 
     Raises:
-        ValueError: an unknown part or dtype, another ending than .safetensors, or parameters that
+        ValueError: an unknown component or dtype, another ending than .safetensors, or parameters that
             `dtype` can't hold.
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"A single file is written as .safetensors, not as {str(path)!r}.")
-    if unknown := models.keys() - PARTS.keys():
-        raise ValueError(f"Parts are {', '.join(PARTS)}, not {', '.join(sorted(unknown))}.")
-    files = config_files(config, models, tokenizer or SimpleTokenizer())
+    if unknown := models.keys() - COMPONENTS.keys():
+        raise ValueError(f"Parts are {', '.join(COMPONENTS)}, not {', '.join(sorted(unknown))}.")
+    files = without_index(config_files(config, models, tokenizer or SimpleTokenizer()))
     files = {name: data for name, data in files.items() if name not in UNNEEDED}
     if tokenizer is None or files[MERGES] == config_files(config, {}, SimpleTokenizer())[MERGES]:
         del files[MERGES]
     tensors = {}
-    for part, model in models.items():
-        tensors |= collect(slots(part, model, config), dtype)
+    for component, model in models.items():
+        tensors |= collect_tensors(find_slots(component, model, config), dtype)
     used, unused = (UNUSED.format(config.text.depth - n) for n in (1, 0))
     last = {name: tensor for name, tensor in tensors.items() if name.startswith(used)}
     tensors |= {name.replace(used, unused): np.zeros_like(x) for name, x in last.items()}
     save_safetensors(path, tensors, {CONFIG_KEY: json.dumps(files)})
 
 
-def slots(part, model, config):
-    """Returns the slots of a part's variables in the original layout, see `layout.Layout.slots`."""
-    if part == "text_encoder":
+def find_slots(component, model, config):
+    """Returns the slots of a component's variables in the original layout, see `layout.Layout.slots`."""
+    if component == "text_encoder":
         layout = CLIP_LAYOUT if config.text.activation == "quick_gelu" else OPENCLIP_LAYOUT
     else:
-        layout = LAYOUTS[part]
-    return layout.slots(model, **_counting(part, config))
+        layout = LAYOUTS[component]
+    return layout.slots(model, **_counting(component, config))
 
 
-def _counting(part, config):
+def _counting(component, config):
     """Returns what names of blocks are counted from."""
-    if part == "diffusion_model":
+    if component == "diffusion_model":
         return {"attention": config.unet.attention, "res_blocks": config.unet.res_blocks}
     levels = (False,) * len(config.vae.widths)
-    return {} if part == "text_encoder" else {"attention": levels}
+    return {} if component == "text_encoder" else {"attention": levels}
 
 
 def _metadata(source):

@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from stable_diffusion.checkpoints.building import empty, to_tensor
-from stable_diffusion.checkpoints.files import new_file
+from stable_diffusion.files import new_file
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")  # that files may have and models may be saved in
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")  # of PyTorch's own files, which are pickles
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}  # of safetensors
 MAX_NAMES = 10  # of each kind, in an error
 OUTPUTS = 32  # channels transposed at once, so that they stay in the processor's cache
@@ -107,6 +108,24 @@ def _header(file):
         return json.loads(opened.read(size)), 8 + size
 
 
+def open_safetensors(path: str | Path) -> SafetensorsFiles:
+    """Opens a file, of which only the names and shapes are read yet.
+
+    Raises:
+        ValueError: no such file, one in another format, or a damaged one.
+    """
+    path = Path(path)
+    if path.suffix in TORCH_SUFFIXES:
+        raise ValueError(
+            f"{path} is a pickle, which can run any program, and isn't opened. Convert it to "
+            f".safetensors first: load it with torch.load(weights_only=True), and write its "
+            f"tensors with safetensors.torch.save_file."
+        )
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"path must be that of a .safetensors file, not {str(path)!r}.")
+    return SafetensorsFiles(path)
+
+
 class TorchFile:
     """A .ckpt, .pt or .bin of PyTorch: a zip file with a pickle, of which only tensors are read.
 
@@ -152,11 +171,11 @@ class TorchFile:
         return (tensor.float() if tensor.element_size() < 4 else tensor).numpy()
 
 
-def load(part, slots, source, layout):
+def load_tensors(component, slots, source, layout):
     """Assigns the tensors of a file to a model's variables: all of them, or none.
 
     Args:
-        part: what the model is called in errors.
+        component: what the model is called in errors.
         slots: list of `Slot`.
         source: a `SafetensorsFiles` or the like.
         layout: the `Layout` that the slots are from.
@@ -167,7 +186,7 @@ def load(part, slots, source, layout):
             unnoticed. The message names the file and lists what differs.
     """
     slots = [slot._replace(name=_older(slot.name, source.shapes, layout)) for slot in slots]
-    _compare(part, slots, source, layout)
+    _compare(component, slots, source, layout)
 
     def read(slot):
         return _from_stored(source.read(slot.name, slot.row, slot.rows), slot.variable)
@@ -188,7 +207,7 @@ def load(part, slots, source, layout):
                 raise
             raise ValueError(
                 f"{slot.name} in {source.path} can't be read: {error}. All parameters of the "
-                f"{part} are NaN now; load it again from another file."
+                f"{component} are NaN now; load it again from another file."
             ) from error
 
 
@@ -198,21 +217,21 @@ def spoil(variables):
         variable.assign(ops.full(variable.shape, float("nan"), variable.dtype))
 
 
-def collect(slots, dtype):
+def collect_tensors(slots, dtype):
     """Returns the tensors of a file, numpy arrays by their names there.
 
     Args:
         slots: list of `Slot`; those of one tensor one after the other.
-        dtype: one of `DTYPES`.
+        dtype: one of `DTYPES`; None is that of each variable.
 
     Raises:
         ValueError: an unknown dtype, or a value that it can't hold.
     """
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     tensors = {}
     for slot in slots:
-        value = to_stored(slot, dtype)
+        value = to_stored(slot, dtype or slot.variable.dtype)
         tensors[slot.name] = np.concatenate([tensors[slot.name], value]) if slot.row else value
     return tensors
 
@@ -223,7 +242,7 @@ def save_safetensors(path, tensors, metadata=None):
         save_file(tensors, written, metadata={"format": "pt"} | (metadata or {}))
 
 
-def _compare(part, slots, source, layout):
+def _compare(component, slots, source, layout):
     """Raises a ValueError unless the file has the slots' tensors, in their shapes, and no other."""
     wanted = {slot.name: (slot.shape[0] * slot.rows, *slot.shape[1:]) for slot in slots}
     ours = {name for name in source.shapes if name.startswith(layout.prefix)}
@@ -241,7 +260,7 @@ def _compare(part, slots, source, layout):
     }
     if any(problems.values()):
         raise ValueError(
-            f"{source.path} doesn't fit the {part}, which is unchanged: {summary(problems)}"
+            f"{source.path} doesn't fit the {component}, which is unchanged: {summary(problems)}"
             f"{looks_like(source.shapes)}"
         )
 

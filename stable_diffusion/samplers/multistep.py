@@ -5,138 +5,91 @@ to noise ratio, which grows by h from one noise level to the next,
 
     latent' = √((1 - alpha') / (1 - alpha)) latent + √alpha' (1 - e⁻ʰ) x0
 
-would be exact if the model predicted the same x0 all the way. It doesn't; so each solver puts an
-estimate of x0's mean over the step in its place, from what the model predicted at earlier steps.
-One evaluation of the model a step, as DDIM, which is this equation with the x0 of the step's start.
+would be exact if the model predicted the same x0 everywhere in the step. It does not. So each
+solver estimates the mean of x0 over the step from what the model predicted at earlier steps, and
+puts this mean in place of x0. The model runs once a step, as with DDIM, which is this equation with
+the x0 of the step's start.
 """
 
 import math
 
-import numpy as np
 
-from stable_diffusion.noise_scheduler import split_prediction
-
-
-def dpmpp_2m(predict, latent, schedule, num_steps, quadratic=False):
+def dpmpp_2m(denoise, latent, levels, next_noise):
     """Samples with DPM-Solver++(2M): x0 is extended along the line through its last two values.
 
-    Args:
-        predict: function of `(latent, timestep)`, what the model predicts, of the latent's shape.
-        latent: noise to start from, float array `(B, h, w, C)`.
-        schedule: the `NoiseScheduler`.
-        num_steps: number of steps, see `get_levels`.
-        quadratic: whether steps are dense where noise is low, see `get_levels`.
-
-    Yields:
-        `(timestep, latent)` after each step: the timestep it started at and where it ended; the
-        last latent is free of noise.
-
-    Raises:
-        ValueError: a number of steps that the schedule doesn't have.
+    Arguments and results are those of `noise_scheduler.ddim`. The last level must be free of noise
+    (alpha 1); the last step arrives at the predicted x0.
 
     Reference: Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2. The first step and the
-    last are of first order, as in diffusers' `DPMSolverMultistepScheduler` with its defaults.
+    last one are of first order, as in diffusers' `DPMSolverMultistepScheduler` with its defaults.
     """
-    levels = get_levels(schedule, num_steps, quadratic)
-    return _solve(predict, latent, schedule, levels, correct=False)
+    return _solve(denoise, latent, levels, correct=False)
 
 
-def unipc(predict, latent, schedule, num_steps):
-    """Samples with UniPC of order 2: as `dpmpp_2m`, and each step is taken once more, corrected.
+def unipc(denoise, latent, levels, next_noise):
+    """Samples with UniPC of order 2: as `dpmpp_2m`, and each step is computed again, corrected.
 
-    What the model predicts at the end of a step, which the next one needs anyway, tells a better
-    mean of x0 over the step that led there. Arguments (but for `quadratic`), results and errors
-    are `dpmpp_2m`'s.
+    The model runs at the end of a step anyway, for the next step. What it predicts there gives a
+    better mean of x0 over the step that ended there. Arguments and results are those of
+    `noise_scheduler.ddim`; the last level is as for `dpmpp_2m`.
 
     Reference: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, algorithms 5 to 8 with p = 2 and
     B₂(h) = eʰ - 1, as diffusers' `UniPCMultistepScheduler` with its defaults.
     """
-    return _solve(predict, latent, schedule, get_levels(schedule, num_steps), correct=True)
-
-
-def get_levels(schedule, num_steps, quadratic=False):
-    """Returns the noise levels at which the model is evaluated, the noisiest first.
-
-    They are DDIM's of the same spacing, but for one: DDIM with "linspace" or "leading" ends on the
-    first timesteps, which have hardly any noise, and these solvers reach zero from the level
-    before. Those diffusers takes.
-
-    Args:
-        schedule: the `NoiseScheduler`.
-        num_steps: how many: from 1 to `train_timesteps`; 1 less if the spacing is the schedule's
-            and not "trailing".
-        quadratic: whether timesteps are those of Song et al. 2021,
-            https://arxiv.org/abs/2010.02502, appendix D.2, from the last timestep to the first, in
-            place of the schedule's spacing: proportional to the squares of 0, 1, 2 and so on.
-
-    Returns:
-        List of `(timestep, alpha)`: an int and a float.
-
-    Raises:
-        ValueError: `num_steps` is something else.
-    """
-    n, total = num_steps, schedule.train_timesteps
-    spare = int(not quadratic and schedule.spacing != "trailing")
-    if not isinstance(n, int | np.integer) or not 1 <= n <= total - spare:
-        raise ValueError(f"num_steps must be an int from 1 to {total - spare}, not {n!r}.")
-    if quadratic:
-        squares = (total - 1) * np.linspace(1, 0, n) ** 2
-        timesteps = np.maximum(squares.round(), np.arange(n)[::-1]).astype(int)  # none twice
-        alphas = schedule.alphas_cumprod[timesteps]
-        return list(zip(timesteps.tolist(), alphas.tolist(), strict=True))
-    levels = schedule.ddim_levels(n + spare)
-    return [(timestep, alpha) for timestep, alpha, _ in levels[:n]]
+    return _solve(denoise, latent, levels, correct=True)
 
 
 class _Step:
-    """A step from noise level `alpha` to `after`.
+    """A step from noise level `alpha` to `alpha_next`.
 
     Args:
         start: the latent at its start.
         x0: what the model predicted there.
-        alpha, after: alphas_cumprod at both ends.
+        alpha, alpha_next: alphas_cumprod at both ends.
         previous: the `_Step` before, or None.
     """
 
-    def __init__(self, start, x0, alpha, after, previous):
+    def __init__(self, start, x0, alpha, alpha_next, previous):
         def half_log_snr(alpha):
             return 0.5 * math.log(alpha / (1 - alpha))
 
-        self.start, self.x0, self.alpha, self.after = start, x0, alpha, after
-        self.h = half_log_snr(after) - half_log_snr(alpha)
+        self.start, self.x0, self.alpha, self.alpha_next = start, x0, alpha, alpha_next
+        self.h = half_log_snr(alpha_next) - half_log_snr(alpha)
         self.ratio = previous and previous.h / self.h
         # x0's change over the step, if it goes on as over the previous one.
         self.change = (x0 - previous.x0) / self.ratio if previous else 0.0
 
-    def _end(self, mean):
+    def _find_end(self, mean):
         """Returns the latent at the end, for x0's mean over the step."""
-        kept = ((1 - self.after) / (1 - self.alpha)) ** 0.5
-        return kept * self.start - self.after**0.5 * math.expm1(-self.h) * mean
+        kept = ((1 - self.alpha_next) / (1 - self.alpha)) ** 0.5
+        return kept * self.start - self.alpha_next**0.5 * math.expm1(-self.h) * mean
 
-    def predicted(self):
-        return self._end(self.x0 + self.change / 2)
+    def predict_end(self):
+        """Returns the latent at the end, from x0 at the start and its last change."""
+        return self._find_end(self.x0 + self.change / 2)
 
-    def corrected(self, x0_at_end):
+    def correct_end(self, x0_at_end):
+        """Returns the latent at the end again, now that the x0 predicted there is known."""
         if not self.ratio:
-            return self._end((self.x0 + x0_at_end) / 2)
+            return self._find_end((self.x0 + x0_at_end) / 2)
         phi_1 = math.expm1(-self.h) / -self.h
         phi_2 = (phi_1 - 1) / -self.h
         phi_3 = (phi_2 - 1 / 2) / -self.h
         # The two weights solve UniPC's equation 5, R ρ B(h) = φ, whose determinant is 1 + ratio.
         expected = (phi_2 - 2 * phi_3) / phi_1 / (1 + self.ratio)
         found = phi_2 / phi_1 - expected
-        return self._end(self.x0 + expected * self.change + found * (x0_at_end - self.x0))
+        return self._find_end(self.x0 + expected * self.change + found * (x0_at_end - self.x0))
 
 
-def _solve(predict, latent, schedule, levels, correct):
+def _solve(denoise, latent, levels, correct):
     step = None
-    for n, (timestep, alpha) in enumerate(levels):
-        output = predict(latent, timestep)
-        x0, _ = split_prediction(output, latent, alpha, schedule.prediction_type)
-        if n + 1 == len(levels):
-            yield timestep, x0  # without noise λ is infinite: nothing is left but x0
-            return
-        start = step.corrected(x0) if correct and step else latent
-        step = _Step(start, x0, alpha, levels[n + 1][1], step)
-        latent = step.predicted()
-        yield timestep, latent
+    for (timestep, alpha), (_, alpha_next) in zip(levels, levels[1:], strict=False):
+        x0, _ = denoise(latent, alpha, timestep)
+        if alpha_next == 1:  # without noise λ is infinite: nothing is left but x0
+            latent = x0
+        else:
+            start = step.correct_end(x0) if correct and step else latent
+            step = _Step(start, x0, alpha, alpha_next, step)
+            latent = step.predict_end()
+        sent = yield timestep, latent, x0
+        latent = latent if sent is None else sent

@@ -1,6 +1,6 @@
 """Fine-tuning: what a training step needs around the three models, in plain Keras.
 
-    pictures.py      a folder of pictures with captions; cropping, EXIF, transparency
+    folder.py        a folder of images with captions
     cache.py         their latents and contexts, computed once and kept on disk
     data.py          noisy latents and what the diffusion model is to predict, batch by batch
     methods.py       what is trained, and how it is saved: all, cross-attention, LoRA, a new word
@@ -23,22 +23,25 @@ model is a functional Keras model without state of its own, for `compile` and `f
     model.fit(data, epochs=10)
     method.save("lora.safetensors")
 
-`scripts/finetune.py` is this with everything around it.
+The command `stable-diffusion-finetune` is this with everything around it.
 """
 
-from importlib import import_module
+from stable_diffusion.training.cache import Cache
+from stable_diffusion.training.data import NoisyLatents, Stream
+from stable_diffusion.training.folder import Example, read_folder
+from stable_diffusion.training.methods import Full, LoRA, TextualInversion, remat_scope
+from stable_diffusion.training.state import load_state, save_state
 
-_PUBLIC = {
-    "cache": ["Cache"],
-    "data": ["NoisyLatents", "Stream"],
-    "methods": ["Full", "LoRA", "TextualInversion", "remat_scope"],
-    "pictures": ["Example", "read_folder"],
-    "state": ["load_state", "save_state"],
-}
-
-
-def __getattr__(name):  # Keras is imported when it is first needed, as in the package itself
-    for module, names in _PUBLIC.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "Cache",
+    "Example",
+    "Full",
+    "LoRA",
+    "NoisyLatents",
+    "Stream",
+    "TextualInversion",
+    "load_state",
+    "read_folder",
+    "remat_scope",
+    "save_state",
+]

@@ -8,17 +8,17 @@ runs, also at the same time, can share a folder. A file that is damaged is compu
 
 import hashlib
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
-from stable_diffusion.checkpoints.files import new_file
-from stable_diffusion.training.pictures import Example, View, crop, list_views, open_picture
+from stable_diffusion.files import new_file
+from stable_diffusion.image_encoder import encode_moments
+from stable_diffusion.images import WHITE, crop_image, normalize_pixels, open_image
+from stable_diffusion.training.folder import Example, View, list_views
 
-WHITE = (255, 255, 255)
 BATCH = 4  # pictures or captions that are encoded at once
 
 
@@ -66,11 +66,11 @@ class Cache:
             try:
                 example = example.with_digest()
                 missing = [view for view in self.views(example) if not self._has(example, view)]
-                picture = open_picture(example.path, self.background) if missing else None
+                picture = open_image(example.path, self.background) if missing else None
             except (OSError, ValueError) as error:
                 broken.append(str(error))
                 continue
-            waiting += [(example, view, crop(picture, view, *self.size)) for view in missing]
+            waiting += [(example, view, self._crop(picture, view)) for view in missing]
             while len(waiting) >= BATCH:
                 self._encode_pictures(waiting[:BATCH])
                 del waiting[:BATCH]
@@ -105,8 +105,8 @@ class Cache:
         path = self._picture_file(example, view)
         moments = _load(path)
         if moments is None:
-            picture = open_picture(example.path, self.background)
-            self._encode_pictures([(example, view, crop(picture, view, *self.size))])
+            picture = open_image(example.path, self.background)
+            self._encode_pictures([(example, view, self._crop(picture, view))])
             moments = _load(path)
         return moments
 
@@ -119,21 +119,15 @@ class Cache:
             context = _load(path)
         return context
 
-    @cached_property
-    def _encoder(self):
-        """The model of the posterior's moments."""
-        encoder = self.pipeline.image_encoder
-        model = keras.Model(encoder.inputs[0], encoder.layers[-2].output)
-        model.compile(jit_compile=self.pipeline.jit_compile)
-        return model
-
     def _encode_pictures(self, batch):
         """Encodes a list of tuples `(example, view, uint8 (H, W, 3))`."""
-        pictures = np.stack([picture for _, _, picture in batch]).astype("float32")
-        moments = self._encoder.predict_on_batch(pictures / 127.5 - 1.0)
-        moments = np.asarray(moments, "float32")
+        pixels = normalize_pixels(np.stack([image for _, _, image in batch]))
+        moments = np.asarray(encode_moments(self.pipeline.image_encoder, pixels), "float32")
         for (example, view, _), each in zip(batch, moments, strict=True):
             self._save(self._picture_file(example, view), each)
+
+    def _crop(self, image, view):
+        return crop_image(image, *self.size, (view.x, view.y), view.flip)
 
     def _has(self, example, view):
         return _load(self._picture_file(example, view)) is not None

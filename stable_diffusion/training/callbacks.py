@@ -15,7 +15,7 @@ import numpy as np
 from keras import ops
 from PIL import Image, ImageDraw
 
-from stable_diffusion.checkpoints.files import new_file
+from stable_diffusion.files import new_file
 from stable_diffusion.training.methods import Method
 from stable_diffusion.training.state import save_state
 

@@ -13,9 +13,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from stable_diffusion.noise_scheduler import NoiseScheduler, timestep_embedding
+from stable_diffusion.noise_scheduler import (
+    NoiseScheduler,
+    diffuse,
+    join_prediction,
+    timestep_embedding,
+)
 from stable_diffusion.training.cache import Cache
-from stable_diffusion.training.pictures import Example
+from stable_diffusion.training.folder import Example
 
 LOG_VARIANCE = -30.0, 20.0  # where CompVis' DiagonalGaussianDistribution clips it
 
@@ -117,7 +122,7 @@ class NoisyLatents(keras.utils.PyDataset):
         chosen = [self._choose(number, place) for number, place in places]
         x0, noise = np.stack([c[0] for c in chosen]), np.stack([c[1] for c in chosen])
         timesteps, texts = np.array([c[2] for c in chosen]), [c[3] for c in chosen]
-        latent, target = diffuse(self.schedule, x0, noise, timesteps)
+        latent, target = make_targets(self.schedule, x0, noise, timesteps)
         width = self.cache.pipeline.config.unet.widths[0]
         inputs = {"latent": latent, "timestep_embedding": timestep_embedding(timesteps, width)}
         if self.tokenize:
@@ -169,10 +174,8 @@ def sample_posterior(moments, rng):
     return mean + deviation * rng.standard_normal(mean.shape, dtype="float32")
 
 
-def diffuse(schedule: NoiseScheduler, x0, noise, timesteps):
-    """Adds noise, and computes what the model is to predict.
-
-    `NoiseScheduler.add_noise` in numpy, as batches are drawn outside of the model.
+def make_targets(schedule: NoiseScheduler, x0, noise, timesteps):
+    """Adds noise, and computes what the model should predict.
 
     Args:
         schedule: with the `prediction_type`.
@@ -180,20 +183,13 @@ def diffuse(schedule: NoiseScheduler, x0, noise, timesteps):
         timesteps: ints `(B,)`.
 
     Returns:
-        The noisy latents √alpha x0 + √(1 - alpha) noise; and the noise ("epsilon"),
-        √alpha noise - √(1 - alpha) x0 ("v_prediction") or x0 ("sample").
-
-    Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equation 4; Salimans and Ho 2022,
-    https://arxiv.org/abs/2202.00512, appendix D.
+        The noisy latents and the targets, float32 `(B, h, w, C)` both; see
+        `noise_scheduler.diffuse` and `noise_scheduler.join_prediction`.
     """
-    alpha = schedule.alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1)
-    signal, sigma = (alpha**0.5).astype("float32"), ((1 - alpha) ** 0.5).astype("float32")
-    target = {
-        "epsilon": noise,
-        "v_prediction": signal * noise - sigma * x0,
-        "sample": x0,
-    }[schedule.prediction_type]
-    return signal * x0 + sigma * noise, target
+    alpha = schedule.alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1), float64
+    noisy = diffuse(x0, noise, alpha)
+    target = join_prediction(x0, noise, alpha, schedule.prediction_type)
+    return noisy.astype("float32"), target.astype("float32")
 
 
 def min_snr_weight(schedule: NoiseScheduler, timesteps, gamma=5.0):

@@ -11,20 +11,16 @@ far at any time, after `method.show()`.
 DreamBooth is `Full` or `LoRA` with a second `Stream` of pictures of the class.
 """
 
-import json
 import re
-import tempfile
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import layers, ops
 
-from stable_diffusion.checkpoints.config import UNetConfig
-from stable_diffusion.checkpoints.diffusers import LAYOUTS
-from stable_diffusion.checkpoints.embedding import load_embedding
-from stable_diffusion.checkpoints.lora import METADATA
-from stable_diffusion.checkpoints.tensors import save_safetensors
+from stable_diffusion.adapters.embedding import add_token, save_embedding
+from stable_diffusion.adapters.lora import name_kernels, save_lora
+from stable_diffusion.config import UNetConfig
 from stable_diffusion.training.data import NoisyLatents, StepLoss, denoising_loss
 
 PARAMETERS = {  # of `Full`: patterns of variables' paths
@@ -37,11 +33,6 @@ TARGETS = {  # of `LoRA`: patterns of kernels' paths
     "attention": r".*/attn[12]/to_(q|k|v|out)/kernel",
     "transformers": r".*_attn_\d+/.*/kernel",
     "all": r".*/kernel",
-}
-UNET = "diffusion_model"
-KEYS = {  # of files of LoRAs: before a kernel, whether it has dots, its halves, alpha in the file
-    "kohya": ("lora_unet_", "_", "lora_down", "lora_up", True),
-    "diffusers": ("unet.", ".", "lora_A", "lora_B", False),
 }
 
 
@@ -186,7 +177,7 @@ class LoRA(Method):
         found = [layer for layer in unet._flatten_layers() if hasattr(layer, "enable_lora")]
         if any(layer.lora_enabled for layer in found):
             raise ValueError("The UNet has adapters already; take a new pipeline.")
-        names = {slot.variable.path: slot.name for slot in LAYOUTS[UNET].slots(unet)}
+        names = name_kernels(unet)
         freeze(unet, r"(?!)")
         unet.predict_function = None  # one that was traced before wouldn't know the adapters
         self.rank, self.alpha, self.adapters = rank, alpha, {}
@@ -194,7 +185,7 @@ class LoRA(Method):
             path = layer.kernel.path
             if re.fullmatch(TARGETS[targets], path):
                 layer.enable_lora(rank, lora_alpha=alpha)
-                self.adapters[names[path].removesuffix(".weight")] = layer
+                self.adapters[names[path]] = layer
         self.model = self._wrap()
 
     def save(self, path: str | Path, keys: str = "kohya", dtype: str = "float32"):
@@ -209,40 +200,14 @@ class LoRA(Method):
         Raises:
             ValueError: unknown keys.
         """
-        if keys not in KEYS:
-            raise ValueError(f"keys must be one of {_list(KEYS)}, not {keys!r}.")
-        prefix, dot, down, up, with_alpha = KEYS[keys]
-        tensors = {}
-        for name, layer in self.adapters.items():
-            name = prefix + name.replace(".", dot)
-            a, b = (
+        halves = {
+            name: tuple(
                 ops.convert_to_numpy(kernel.value)
                 for kernel in (layer.lora_kernel_a, layer.lora_kernel_b)
             )
-            # Keras' (h, w, in, rank) to PyTorch's (rank, in, h, w), and (in, rank) to (rank, in).
-            a = np.moveaxis(a, (-1, -2), (0, 1))
-            b = b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
-            tensors[f"{name}.{down}.weight"] = np.ascontiguousarray(a.astype(dtype))
-            tensors[f"{name}.{up}.weight"] = np.ascontiguousarray(b.astype(dtype))
-            if with_alpha:
-                tensors[f"{name}.alpha"] = np.array(self.alpha, dtype)
-        save_safetensors(path, tensors, self._metadata(keys))
-
-    def _metadata(self, keys):
-        if keys == "kohya":
-            return {
-                "ss_network_module": "networks.lora",
-                "ss_network_dim": str(self.rank),
-                "ss_network_alpha": str(self.alpha),
-            }
-        config = {
-            "peft_type": "LORA",
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "target_modules": sorted(self.adapters),
+            for name, layer in self.adapters.items()
         }
-        packed = {f"unet.{key}": value for key, value in config.items()}
-        return {METADATA: json.dumps(packed, sort_keys=True)}
+        save_lora(path, halves, self.alpha, keys, dtype)
 
 
 class TextualInversion(Method):
@@ -271,12 +236,7 @@ class TextualInversion(Method):
             raise ValueError(f"initializer must have a word, not {initializer!r}.")
         table = ops.convert_to_numpy(ops.cast(pipeline.text_encoder.weights[0], "float32"))
         first = table[[pieces[n % len(pieces)] for n in range(vectors)]]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "embedding.safetensors"
-            save_safetensors(path, {token: first})
-            load_embedding(pipeline, path, token)
-        self.token = token
-        self.ids = pipeline.tokenizer.vectors.get(token, [pipeline.tokenizer.encoder[token]])
+        self.token, self.ids = token, add_token(pipeline, token, first)
         self.model = self._wrap_both(first)
 
     def _wrap_both(self, first):
@@ -320,7 +280,7 @@ class TextualInversion(Method):
             dtype: "float32", "float16" or "bfloat16".
         """
         vectors = ops.convert_to_numpy(self.learned.vectors.value).astype(dtype)
-        save_safetensors(path, {self.token: vectors})
+        save_embedding(path, self.token, vectors)
 
 
 class LearnedTokens(layers.Layer):

@@ -13,7 +13,7 @@ from keras import ops
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from stable_diffusion.checkpoints.files import new_file
+from stable_diffusion.files import new_file
 
 
 def save_state(path: str | Path, model: keras.Model, step: int):

@@ -2,7 +2,7 @@
 
 import pytest
 
-import compare_keras_cv
+from stable_diffusion.parity import keras_cv as compare_keras_cv
 
 REASON = compare_keras_cv.missing()
 

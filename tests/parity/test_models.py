@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import compare_keras_cv
+from stable_diffusion.parity import keras_cv as compare_keras_cv
 from stable_diffusion import DiffusionModel
-from stable_diffusion.checkpoints.presets import SD1, SD1_INPAINTING
+from stable_diffusion.config import SD1, SD1_INPAINTING
 from stable_diffusion.noise_scheduler import timestep_embedding
 from stable_diffusion.training.data import denoising_loss, diffuse
 

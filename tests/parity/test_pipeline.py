@@ -12,14 +12,14 @@ import keras_cv
 import numpy as np
 import pytest
 
-import compare_keras_cv
+from stable_diffusion.parity import keras_cv as compare_keras_cv
 import stable_diffusion
-from stable_diffusion.checkpoints.presets import TINY, TINY_V2
+from stable_diffusion.config import TINY, TINY_V2
 from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
 
 SIZE = 128
 PROMPT = "a photograph of an astronaut riding a horse"
-PARTS = ["text_encoder", "diffusion_model", "decoder"]
+COMPONENTS = ["text_encoder", "diffusion_model", "decoder"]
 
 
 def noise(*batch):
@@ -43,7 +43,7 @@ def narrow(request):
     name, config = request.param
     ours, theirs = pipelines(name, config)
     rng = np.random.default_rng(0)
-    for part in PARTS:
+    for part in COMPONENTS:
         compare_keras_cv.randomize(getattr(ours, part), rng)
         setattr(theirs, f"_{part}", getattr(ours, part))
     # KerasCV knows one width of embedding only.
@@ -116,7 +116,7 @@ def test_full_width():
     """Each pipeline with its own library's models."""
     both = pipelines("StableDiffusion")
     rng = np.random.default_rng(0)
-    for part in PARTS:
+    for part in COMPONENTS:
         models = compare_keras_cv.build_pair(part, SIZE, SIZE)
         compare_keras_cv.share_parameters(*models, rng)
         for pipeline, model in zip(both, models, strict=True):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-import compare_keras_cv
-from compare_keras_cv import build_pair, free_memory, randomize
+from stable_diffusion.parity import keras_cv as compare_keras_cv
+from stable_diffusion.parity.keras_cv import build_pair, free_memory, randomize
 from stable_diffusion.checkpoints.kerascv import save_legacy
 
 SIZE = 64

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
-from stable_diffusion.checkpoints.config import SD1, SD2
+from stable_diffusion.config import SD1, SD2
 from stable_diffusion.checkpoints.diffusers_config import config_files, write_files
-from stable_diffusion.checkpoints.presets import original
+from stable_diffusion.config import undo_departures
 from stable_diffusion.noise_scheduler import ddim_step, timestep_embedding
 
 REASON = "needs pip install torch diffusers transformers accelerate"
@@ -306,7 +306,7 @@ def test_full_size(version, tmp_path, relative_error):
     """As published, from a folder of shards and from one file in the original layout; 13 GB."""
     text, unet = FULL[version]
     generator = torch.Generator().manual_seed(0)
-    config = original({"1": SD1, "2": SD2}[version])
+    config = undo_departures({"1": SD1, "2": SD2}[version])
     files = config_files(config, {}, SimpleTokenizer())
     write_files(tmp_path, {n: f for n, f in files.items() if n.startswith("tokenizer/")})
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")

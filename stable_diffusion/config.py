@@ -2,7 +2,7 @@
 
 Each model is built from one frozen dataclass, whose defaults are Stable Diffusion 1 as KerasCV
 builds it. KerasCV departs from the original implementation (CompVis, diffusers) in a few places;
-each departure is one field, and `presets.original` sets them all:
+each departure is one field, and `undo_departures` sets them all:
 
 | field                         | KerasCV     | original  | what it changes                     |
 |-------------------------------|-------------|-----------|-------------------------------------|
@@ -16,7 +16,7 @@ each departure is one field, and `presets.original` sets them all:
 | `NoiseScheduler.final_alpha`  | 1.0         | None      | alpha_prev of the last step         |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stable_diffusion.noise_scheduler import NoiseScheduler
 
@@ -52,7 +52,7 @@ class UNetConfig:
     groups: int = 32
     norm_epsilon: float = 1e-5
     approximate_gelu: bool = True
-    latent_scale: int = 8  # pixels a latent cell is wide, set by the VAE
+    cell_size: int = 8  # pixels a latent cell is wide, set by the VAE
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,19 @@ class VAEConfig:
     norm_epsilon: float = 1e-5
     scaling_factor: float = 0.18215  # brings the latents of SD's VAE to unit variance
 
+    @property
+    def cell_size(self):
+        """How many pixels wide a latent cell is: each stage but the last halves the image."""
+        return 2 ** (len(self.widths) - 1)
+
 
 @dataclass(frozen=True)
 class Config:
-    """A whole Stable Diffusion; `size` is the side in pixels it was trained at."""
+    """A whole Stable Diffusion.
+
+    `size` is the side in pixels of its training images, `guidance_scale` the default of the
+    pipeline's `unconditional_guidance_scale`.
+    """
 
     text: TextConfig = TextConfig()
     unet: UNetConfig = UNetConfig()
@@ -78,23 +87,57 @@ class Config:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )
     size: int = 512
+    guidance_scale: float = 7.5  # KerasCV's default
 
-    def picture_size(self, height=None, width=None):
-        """Returns height and width of a picture, `size` where they are None.
+    def resolve_size(self, height=None, width=None):
+        """Returns the height and width of an image: `size` for those that are None.
 
         Raises:
-            ValueError: the UNet, which halves a latent at each level but the first, can't have it.
+            ValueError: a size that the UNet cannot halve at each stage but the last.
         """
-        multiple = self.unet.latent_scale * 2 ** (len(self.unet.widths) - 1)
+        multiple = self.unet.cell_size * 2 ** (len(self.unet.widths) - 1)
         height, width = height or self.size, width or self.size
         for size in (height, width):
             if not isinstance(size, int) or size < multiple or size % multiple:
-                raise ValueError(f"Picture sizes are multiples of {multiple} pixels, not {size!r}.")
+                raise ValueError(f"Image sizes are multiples of {multiple} pixels, not {size!r}.")
         return height, width
 
+
+COMPONENTS = {  # the four models of a pipeline, and the field of `Config` that each is built from
+    "text_encoder": "text",
+    "diffusion_model": "unet",
+    "decoder": "vae",
+    "image_encoder": "vae",
+}
 
 SD1 = Config()
 SD2 = Config(
     TextConfig(1024, 23, 16, 4096, "gelu_tanh"),
     UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True),
 )
+SD1_INPAINTING = replace(SD1, unet=UNetConfig(in_channels=9))
+TINY = Config(  # for tests and demonstrations: every kind of layer, few parameters
+    TextConfig(32, 2, 4, 64),
+    UNetConfig((32, 64), (2, 4), (True, False), 32, res_blocks=1, groups=16),
+    VAEConfig((16, 16, 32, 32), res_blocks=1, groups=8),
+    size=64,
+)
+TINY_V2 = replace(
+    TINY,
+    text=TextConfig(32, 2, 4, 64, "gelu_tanh"),
+    unet=replace(TINY.unet, heads=(4, 8), linear_projection=True),
+)
+
+
+def undo_departures(config: Config) -> Config:
+    """Returns `config` with KerasCV's departures from the original implementation undone."""
+    text = config.text
+    if text.activation == "gelu_tanh":
+        text = replace(text, activation="gelu", pad_token=0)
+    return replace(
+        config,
+        text=text,
+        unet=replace(config.unet, norm_epsilon=1e-6, approximate_gelu=False),
+        vae=replace(config.vae, norm_epsilon=1e-6),
+        schedule=replace(config.schedule, spacing="leading", steps_offset=1, final_alpha=None),
+    )

@@ -146,7 +146,7 @@ def kohya(unet_state, text_state, unet, text):
     return state | true
 
 
-def original(unet):
+def undo_departures(unet):
     """Returns the adapter of a UNet with kohya's suffixes, and blocks named as by CompVis."""
     state = rename(get_peft_model_state_dict(unet), {"lora_A": "lora_down", "lora_B": "lora_up"})
     state |= {
@@ -197,7 +197,7 @@ def save_all(name, out, folder, unet, text):
         both = prefixed("unet.", unet_state) | prefixed("text_encoder.", states[1])
         write(out / "everything_diffusers.safetensors", both, metadata(unet, text))
     if name == "original":
-        write(out / "original_kohya.safetensors", original(unet))
+        write(out / "original_kohya.safetensors", undo_departures(unet))
     if name == "attention":
         older = convert_state_dict_to_diffusers(text_state)
         both = prefixed("unet.", convert_state_dict_to_diffusers(unet_state)) | older

@@ -21,7 +21,7 @@ MOST_FEATURES = 2**26  # of one picture in a map: what a picture of 512x512 pixe
 STRIP = 2**23  # features of one picture in a strip of rows, 32 MB in float32
 
 
-def decode(model, latent, most=MOST_FEATURES, strip=STRIP):
+def decode_in_strips(model, latent, most=MOST_FEATURES, strip=STRIP):
     """Decodes latents.
 
     Args:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 LOADERS = ("ours", "diffusers")
 UNET = "diffusion_model"
-PARTS = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
+COMPONENTS = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
 
 
 def peak():
@@ -83,9 +83,9 @@ def run(loader, folder, policy, parts):
 def make(folder):
     """Writes a Stable Diffusion 1 of random parameters, by this package."""
     from stable_diffusion import StableDiffusion
-    from stable_diffusion.checkpoints.presets import SD1, original
+    from stable_diffusion.config import SD1, undo_departures
 
-    StableDiffusion(jit_compile=False, weights=None, config=original(SD1)).save(folder)
+    StableDiffusion(jit_compile=False, weights=None, config=undo_departures(SD1)).save(folder)
 
 
 def main():
@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--unet", action="store_true", help="only the UNet")
     parser.add_argument("--one", choices=LOADERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    parts = [UNET] if args.unet else PARTS
+    parts = [UNET] if args.unet else COMPONENTS
     if args.one:
         return run(args.one, args.folder, args.policy, parts)
     if args.make:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from stable_diffusion.checkpoints.files import new_folder
+from stable_diffusion.files import new_folder
 
 SIZE, FINE = 128, 4  # pixels, and how much finer it is drawn before it is shrunk
 COUNT = 20

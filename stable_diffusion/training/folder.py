@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from stable_diffusion.checkpoints.files import find
+from stable_diffusion.files import find_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -117,37 +116,11 @@ def _read_metadata(folder, path):
         name, text = row.get("file_name"), row.get("text")
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(f"{path}: entry {number} needs file_name and text, both strings.")
-        picture = find(folder, name)
+        picture = find_file(folder, name)
         if picture is None:
             raise ValueError(f"{path}: entry {number} names {name!r}, which isn't there.")
         captions[picture] = text.strip()
     return captions
-
-
-def open_picture(path: str | Path, background: tuple[int, int, int]) -> Image.Image:
-    """Opens a picture as RGB: turned as its EXIF says, and transparent parts on a colour.
-
-    Args:
-        path: path of the file.
-        background: colour under transparent parts, 0 to 255 each.
-
-    Raises:
-        ValueError: a file that is no picture, or a broken one.
-    """
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                below = Image.new("RGBA", picture.size, (*background, 255))
-                picture = Image.alpha_composite(below, picture)
-            elif picture.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-                grey = np.asarray(picture, "float64")
-                picture = Image.fromarray(np.clip(grey / 257, 0, 255).astype("uint8"))
-            return picture.convert("RGB")
-    # Pillow raises errors of many types for broken files, also SyntaxError and struct.error.
-    except Exception as error:
-        raise ValueError(f"{path} can't be opened: {error}") from error
 
 
 def list_views(example: Example, crops: int = 1, flip: bool = False) -> list[View]:
@@ -164,22 +137,3 @@ def list_views(example: Example, crops: int = 1, flip: bool = False) -> list[Vie
         rng = np.random.default_rng(int(example.digest[:16], 16))
         places = [tuple(place) for place in rng.random((crops, 2)).round(4).tolist()]
     return [View(*place, mirrored) for place in places for mirrored in (False, True)[: 1 + flip]]
-
-
-def crop(picture: Image.Image, view: View, height: int, width: int) -> np.ndarray:
-    """Scales a picture until it covers the size, and cuts what is over at the view's place.
-
-    Args:
-        picture: RGB.
-        view: see `View`.
-        height, width: in pixels.
-
-    Returns:
-        uint8 array `(height, width, 3)`.
-    """
-    scale = max(height / picture.height, width / picture.width)
-    room = (picture.width - width / scale) * view.x, (picture.height - height / scale) * view.y
-    box = (*room, room[0] + width / scale, room[1] + height / scale)
-    box = (max(box[0], 0), max(box[1], 0), min(box[2], picture.width), min(box[3], picture.height))
-    seen = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return np.array(ImageOps.mirror(seen) if view.flip else seen)

@@ -31,22 +31,26 @@ import numbers
 import re
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import regex
 from keras import ops
 from safetensors import SafetensorError
 
+from stable_diffusion.block import forget_compiled
 from stable_diffusion.checkpoints import original
-from stable_diffusion.checkpoints.building import forget_compiled
-from stable_diffusion.checkpoints.diffusers import LAYOUTS, variables
+from stable_diffusion.checkpoints.diffusers import LAYOUTS
 from stable_diffusion.checkpoints.diffusers_config import read_json
-from stable_diffusion.checkpoints.files import find
 from stable_diffusion.checkpoints.layout import Slot
-from stable_diffusion.checkpoints.tensors import SafetensorsFiles, looks_like, summary
+from stable_diffusion.checkpoints.tensors import (
+    looks_like,
+    open_safetensors,
+    save_safetensors,
+    summary,
+)
+from stable_diffusion.files import find_file
 
-PREFIXES = (  # before a kernel's name, and the part it is of; None if the name has to tell
+PREFIXES = (  # before a kernel's name, and the component it is of; None if the name has to tell
     ("lora_unet_", "diffusion_model"),
     ("lora_te_", "text_encoder"),
     ("lora_te1_", "text_encoder"),
@@ -64,7 +68,7 @@ SUFFIXES = (  # after a kernel's name: a pattern, and what the tensor is
     (r"(\.lora|\.lora_linear_layer|_lora)\.up\.weight", "up"),
     (r"(\.lora|\.lora_linear_layer|_lora)?\.alpha", "alpha"),
 )
-OLDER = {  # part to what older files, and the newest transformers, name otherwise
+OLDER = {  # component to what older files, and the newest transformers, name otherwise
     "text_encoder": (
         ("text_model.", ""),
         (".q_proj", ".to_q"),
@@ -94,17 +98,20 @@ FIXED = {  # what an adapter's config has to say, where it says it
     # The others change the kernels before training, not by what the file has.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", PEFT_FILE)
-METADATA = "lora_adapter_metadata"  # diffusers' key for the configs, by part
+METADATA = "lora_adapter_metadata"  # diffusers' key for the configs, by component
+KEYS = {  # of `save_lora`: before a kernel, whether it has dots, its halves, alpha in the file
+    "kohya": ("lora_unet_", "_", "lora_down", "lora_up", True),
+    "diffusers": ("unet.", ".", "lora_A", "lora_B", False),
+}
 PATTERN_SECONDS = 1.0  # patterns come with the file; one that takes longer is refused
 
 
 class _Adapter(NamedTuple):
     """What is added to one kernel: names of the halves in the file, and alpha / r."""
 
-    part: str
+    component: str
     slot: Slot
     down: str
     up: str
@@ -114,7 +121,7 @@ class _Adapter(NamedTuple):
 def load_lora(pipeline, path: str | Path, scale: float = 1.0) -> int:
     """Adds a LoRA to a pipeline's diffusion model, text encoder, or both, as the file has it.
 
-    Called several times, LoRAs add up. A part that the file changes is built, and its parameters
+    Called several times, LoRAs add up. A component that the file changes is built, and its parameters
     loaded, if that hasn't happened yet. Sums are computed in float32 and rounded to the dtype of
     the kernel. Everything is checked before the first kernel is changed.
 
@@ -151,21 +158,23 @@ def load_lora(pipeline, path: str | Path, scale: float = 1.0) -> int:
     groups, problems = _group(file)
     if not groups:
         raise ValueError(f"{path} has no LoRA: {summary(problems)}{looks_like(file.shapes)}")
-    slots = {part: _kernels(pipeline, part) for part in sorted({part for part, _ in groups})}
+    slots = {
+        component: _kernels(pipeline, component)
+        for component in sorted({component for component, _ in groups})
+    }
     adapters = _match(file, groups, problems, slots, _configs(path, file))
     if any(problems.values()):
         raise ValueError(
             f"{path} doesn't fit the pipeline, which is unchanged: {summary(problems)}"
         )
     before = _merge(file, adapters, float(scale))
-    if not hasattr(pipeline, "_lora_originals"):
-        pipeline._lora_originals = WeakKeyDictionary()
-    for adapter, kernel in before:
-        model = getattr(pipeline, adapter.part)
-        _, originals = pipeline._lora_originals.setdefault(model, (adapter.part, {}))
-        originals.setdefault(adapter.slot.name, kernel)
-    for part in slots:
-        forget_compiled(getattr(pipeline, part))
+    for component in slots:
+        model = getattr(pipeline, component)
+        places = {id(variable): n for n, variable in enumerate(model.weights)}
+        for adapter, kernel in before:
+            if adapter.component == component:
+                pipeline.changes.keep(model, places[id(adapter.slot.variable)], kernel)
+        forget_compiled(model)
     return len(adapters)
 
 
@@ -182,46 +191,73 @@ def unload_lora(pipeline) -> int:
     Returns:
         The number of restored kernels, 0 if no LoRA was loaded.
     """
-    restored = 0
-    for model, (part, originals) in getattr(pipeline, "_lora_originals", {}).items():
-        named = variables(part, model)
-        for name, kernel in originals.items():
-            named[name].assign(kernel)
+    restored = pipeline.changes.undo()
+    for model in restored:
         forget_compiled(model)
-        restored += len(originals)
-    pipeline.__dict__.pop("_lora_originals", None)
-    return restored
+    return sum(restored.values())
 
 
-def keep_originals(pipeline, old, new):
-    """Lets `unload_lora` restore a model that has got all parameters of another.
+def name_kernels(unet) -> dict[str, str]:
+    """Returns what diffusers calls the kernels of a UNet: dict from a variable's path to a name."""
+    slots = LAYOUTS["diffusion_model"].slots(unet)
+    return {
+        slot.variable.path: slot.name.removesuffix(".weight")
+        for slot in slots
+        if slot.variable.path.endswith("/kernel")
+    }
+
+
+def save_lora(
+    path: str | Path,
+    halves: dict[str, tuple[np.ndarray, np.ndarray]],
+    alpha: float,
+    keys: str = "kohya",
+    dtype: str = "float32",
+):
+    """Writes a LoRA of a UNet as a .safetensors file.
 
     Args:
-        pipeline: a `StableDiffusion`.
-        old, new: models of the same part, of which `old` may have been changed by `load_lora`.
-    """
-    kept = getattr(pipeline, "_lora_originals", {})
-    if old in kept:
-        part, originals = kept[old]
-        kept[new] = part, dict(originals)
-
-
-def open_safetensors(path: str | Path) -> SafetensorsFiles:
-    """Opens a file, of which only the names and shapes are read yet.
+        path: path of the file.
+        halves: dict from a kernel's name, as of `name_kernels`, to its two halves as Keras has
+            them: A `(h, w, in, rank)` or `(in, rank)`, and B `(rank, out)`.
+        alpha: what is added to a kernel is alpha / rank * A B.
+        keys: how tensors are called: "kohya" (which diffusers reads, too) or "diffusers" (peft's
+            names after "unet."; alpha is in the metadata).
+        dtype: "float32", "float16" or "bfloat16".
 
     Raises:
-        ValueError: no such file, one in another format, or a damaged one.
+        ValueError: unknown keys.
     """
-    path = Path(path)
-    if path.suffix in PICKLES:
-        raise ValueError(
-            f"{path} is a pickle, which can run any program, and isn't opened. Convert it to "
-            f".safetensors first: load it with torch.load(weights_only=True), and write its "
-            f"tensors with safetensors.torch.save_file."
-        )
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"path must be that of a .safetensors file, not {str(path)!r}.")
-    return SafetensorsFiles(path)
+    if keys not in KEYS:
+        raise ValueError(f"keys must be one of {', '.join(map(repr, KEYS))}, not {keys!r}.")
+    prefix, dot, down, up, with_alpha = KEYS[keys]
+    tensors = {}
+    for name, (a, b) in halves.items():
+        key = prefix + name.replace(".", dot)
+        # Keras' (h, w, in, rank) to PyTorch's (rank, in, h, w), and (in, rank) to (rank, in).
+        a = np.moveaxis(a, (-1, -2), (0, 1))
+        b = b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
+        tensors[f"{key}.{down}.weight"] = np.ascontiguousarray(a.astype(dtype))
+        tensors[f"{key}.{up}.weight"] = np.ascontiguousarray(b.astype(dtype))
+        if with_alpha:
+            tensors[f"{key}.alpha"] = np.array(alpha, dtype)
+    rank = len(next(iter(halves.values()))[1])
+    if keys == "kohya":
+        metadata = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(alpha),
+        }
+    else:
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": sorted(halves),
+        }
+        packed = {f"unet.{key}": value for key, value in config.items()}
+        metadata = {METADATA: json.dumps(packed, sort_keys=True)}
+    save_safetensors(path, tensors, metadata)
 
 
 def _lora_file(path):
@@ -229,7 +265,7 @@ def _lora_file(path):
     path = Path(path)
     if not path.is_dir():
         return path
-    found = [file for file in (find(path, name) for name in FOLDER_FILES) if file]
+    found = [file for file in (find_file(path, name) for name in FOLDER_FILES) if file]
     if len(found) != 1:
         raise ValueError(f"{path} must have one of {', '.join(FOLDER_FILES)}; it has {len(found)}.")
     return found[0]
@@ -239,36 +275,40 @@ def _group(file):
     """Sorts a file's tensors by the kernel that they are for.
 
     Returns:
-        A dict from (part, kernel as the file calls it) to a dict from "down", "up" and "alpha" to
+        A dict from (component, kernel as the file calls it) to a dict from "down", "up" and "alpha" to
         the tensor's name; and a dict of problems, see `summary`.
     """
     groups, problems = {}, {"unknown": [], "doubled": []}
     for key in sorted(file.shapes):
-        part, name = None, key
+        component, name = None, key
         while found := [(prefix, of) for prefix, of in PREFIXES if name.startswith(prefix)]:
-            name, part = name.removeprefix(found[0][0]), part or found[0][1]
+            name, component = name.removeprefix(found[0][0]), component or found[0][1]
         matches = ((re.fullmatch(f"(.+?){pattern}", name), kind) for pattern, kind in SUFFIXES)
         match, kind = next((pair for pair in matches if pair[0]), (None, None))
         if match is None:
             problems["unknown"].append(key)
             continue
         text = match[1].startswith(TEXT_NAMES)
-        part = part or ("text_encoder" if text else "diffusion_model")
-        if groups.setdefault((part, match[1]), {}).setdefault(kind, key) != key:
+        component = component or ("text_encoder" if text else "diffusion_model")
+        if groups.setdefault((component, match[1]), {}).setdefault(kind, key) != key:
             problems["doubled"].append(key)
     return groups, problems
 
 
-def _kernels(pipeline, part):
-    """Returns the slots of a part's kernels, by all names that files may have for them."""
-    model, slots = getattr(pipeline, part), {}
-    theirs = LAYOUTS[part].slots(model)
-    others = original.slots(part, model, pipeline.config) if part == "diffusion_model" else theirs
+def _kernels(pipeline, component):
+    """Returns the slots of a component's kernels, by all names that files may have for them."""
+    model, slots = getattr(pipeline, component), {}
+    theirs = LAYOUTS[component].slots(model)
+    others = (
+        original.find_slots(component, model, pipeline.config)
+        if component == "diffusion_model"
+        else theirs
+    )
     for slot, other in zip(theirs, others, strict=True):
         if not slot.variable.path.endswith("/kernel"):
             continue
         names = [slot.name]
-        for new, old in OLDER[part]:
+        for new, old in OLDER[component]:
             names += [name.replace(new, old) for name in names if new in name]
         names.append(other.name.removeprefix(original.LAYOUTS["diffusion_model"].prefix))
         for name in names:
@@ -286,8 +326,8 @@ def _match(file, groups, problems, slots, configs):
         "not float": [],
     }
     adapters, taken = [], set()
-    for (part, name), group in groups.items():
-        slot, first = slots[part].get(name), min(group.values())
+    for (component, name), group in groups.items():
+        slot, first = slots[component].get(name), min(group.values())
         if slot is None:
             problems["for no kernel"].append(first)
         elif not {"down", "up"} <= group.keys():
@@ -297,7 +337,7 @@ def _match(file, groups, problems, slots, configs):
         else:
             taken.add(slot.name)
             down, up = group["down"], group["up"]
-            alpha, rank, root = _scaling(configs.get(part, {}), name)
+            alpha, rank, root = _scaling(configs.get(component, {}), name)
             rank = rank or (*file.shapes[up], 0, 0)[1]
             wanted = {down: (rank, *slot.shape[1:]), up: (slot.shape[0], rank)}
             wanted |= {group["alpha"]: ()} if "alpha" in group else {}
@@ -307,7 +347,7 @@ def _match(file, groups, problems, slots, configs):
             if not wrong:
                 alpha = _read(file, group["alpha"]).item() if "alpha" in group else alpha
                 factor = (rank if alpha is None else alpha) / (rank**0.5 if root else rank)
-                adapters.append(_Adapter(part, slot, down, up, factor))
+                adapters.append(_Adapter(component, slot, down, up, factor))
     return adapters
 
 
@@ -361,7 +401,7 @@ def _read(file, name):
 
 
 def _configs(path, file):
-    """Returns the adapter's config for each part, {} where there is none.
+    """Returns the adapter's config for each component, {} where there is none.
 
     Raises:
         ValueError: no config where there has to be one, or one that isn't supported.
@@ -374,9 +414,9 @@ def _configs(path, file):
         try:
             packed = json.loads(file.metadata.get(METADATA, "{}"))
             configs = {
-                part: {k.removeprefix(p): v for k, v in packed.items() if k.startswith(p)}
-                for p, part in PREFIXES
-                if p.endswith(".") and part
+                component: {k.removeprefix(p): v for k, v in packed.items() if k.startswith(p)}
+                for p, component in PREFIXES
+                if p.endswith(".") and component
             }
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where} is no JSON object: {error}") from error

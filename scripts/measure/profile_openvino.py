@@ -29,7 +29,7 @@ def compile_counting(model, inputs):
     compiled, original = [], openvino.compile_model
 
     def compile_model(graph, device):
-        compiled.append(original(graph, device, {"PERF_COUNT": True}))
+        compiled.append(undo_departures(graph, device, {"PERF_COUNT": True}))
         return compiled[0]
 
     openvino.compile_model = compile_model

@@ -216,7 +216,7 @@ def compare_settings(args):
     Raises:
         ValueError: they aren't.
     """
-    from stable_diffusion.checkpoints.files import new_file
+    from stable_diffusion.files import new_file
 
     path = args.work / "settings.json"
     settings = {
@@ -283,8 +283,7 @@ def draw_class(args):
     """
     import keras
     from PIL import Image
-
-    from stable_diffusion.checkpoints.files import new_file
+    from stable_diffusion.files import new_file
 
     if args.class_folder:
         return args.class_folder
@@ -320,10 +319,10 @@ def draw_class(args):
 def dry_run(args, examples):
     """Prints what the run would do."""
     import keras
+    from stable_diffusion.training.folder import open_picture
 
     from stable_diffusion.stable_diffusion import MAX_PROMPT_LENGTH
     from stable_diffusion.training.optimizers import count_memory
-    from stable_diffusion.training.pictures import open_picture
 
     usable = 0
     for example in examples:

@@ -21,8 +21,13 @@ from keras import ops
 from safetensors import SafetensorError
 
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.checkpoints.tensors import MAX_NAMES, looks_like
-from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.checkpoints.tensors import (
+    MAX_NAMES,
+    looks_like,
+    open_safetensors,
+    save_safetensors,
+)
+from stable_diffusion.clip_tokenizer import SimpleTokenizer, expand_tokens
 from stable_diffusion.text_encoder import TextEncoder
 
 UNNAMED = "emb_params"
@@ -56,23 +61,37 @@ def load_embedding(pipeline, path: str | Path, token: str | None = None) -> list
         model.text_to_image("a <cat-toy> on a beach")
         ```
     """
-    # Not above: it imports the formats, whose tokenizers need `expand_tokens`.
-    from stable_diffusion.checkpoints.lora import keep_originals, open_safetensors
-
     vectors, name = _read(open_safetensors(path))
-    token = name if token is None else token
+    return add_token(pipeline, name if token is None else token, vectors, path)
+
+
+def add_token(pipeline, token: str, vectors: np.ndarray, source="The embedding") -> list[int]:
+    """Adds a token with its vectors to a pipeline, see `load_embedding`.
+
+    Args:
+        pipeline: a `StableDiffusion`.
+        token: how it is written in prompts.
+        vectors: float array `(n, D)`.
+        source: what errors name.
+
+    Returns:
+        The ids that the token stands for.
+
+    Raises:
+        ValueError: as `load_embedding`.
+    """
     tokenizer, old = pipeline.tokenizer, pipeline.text_encoder
     if not isinstance(old, TextEncoder) or not isinstance(tokenizer, SimpleTokenizer):
         raise ValueError(
             f"An embedding needs this package's TextEncoder and SimpleTokenizer, not "
             f"{type(old).__name__} and {type(tokenizer).__name__}."
         )
-    tokens = _tokens(tokenizer, token, len(vectors))
+    tokens = _name_vectors(tokenizer, token, len(vectors))
     rows, width = old.weights[0].shape  # the embedding of tokens
     if vectors.shape[1] != width:
         raise ValueError(
-            f"{path} is for a text encoder of width {vectors.shape[1]}, not {width}: 768 is Stable "
-            f"Diffusion 1's, 1024 is 2's."
+            f"{source} is for a text encoder of width {vectors.shape[1]}, not {width}: 768 is "
+            f"Stable Diffusion 1's, 1024 is 2's."
         )
     first = len(tokenizer.vocab)
     if first > rows:
@@ -80,11 +99,11 @@ def load_embedding(pipeline, path: str | Path, token: str | None = None) -> list
     with np.errstate(over="ignore"):
         vectors = vectors.astype(old.weights[0].dtype)
     if not np.isfinite(vectors.astype("float32")).all():
-        raise ValueError(f"{path} has values that are not finite in {old.weights[0].dtype}.")
+        raise ValueError(f"{source} has values that are not finite in {old.weights[0].dtype}.")
 
     table = ops.convert_to_numpy(old.weights[0].value).astype(vectors.dtype)
     table = np.concatenate([table[:first], vectors, table[first + len(vectors) :]])
-    new = _resized(pipeline, old, len(table))
+    new = _resize(pipeline, old, len(table))
     new.weights[0].assign(table)
     for ours, theirs in zip(new.weights[1:], old.weights[1:], strict=True):
         ours.assign(theirs.value)
@@ -94,26 +113,20 @@ def load_embedding(pipeline, path: str | Path, token: str | None = None) -> list
     for holder in (pipeline, pipeline.checkpoint):
         text = replace(holder.config.text, vocab_size=len(table))
         holder.config = replace(holder.config, text=text)
-    keep_originals(pipeline, old, new)
+    pipeline.changes.move(old, new)
     pipeline._text_encoder = new
     return list(range(first, first + len(vectors)))
 
 
-def expand_tokens(tokenizer: SimpleTokenizer):
-    """Lets added tokens of several vectors be encoded as all of them.
+def save_embedding(path: str | Path, token: str, vectors: np.ndarray):
+    """Writes the vectors of a token as a .safetensors file that diffusers reads, too.
 
-    Those are tokens that were added with a name such as "<cat>", and with "<cat>_1", "<cat>_2" and
-    so on: so a saved tokenizer still tells which belong together.
+    Args:
+        path: path of the file.
+        token: how it is written in prompts.
+        vectors: float array `(n, D)`, of the dtype that is stored.
     """
-    added = tokenizer.vocab[tokenizer.end_of_text + 1 :]
-    ids = {token: n for n, token in enumerate(added, tokenizer.end_of_text + 1)}
-    tokenizer.vectors = {}
-    for token in added:
-        names = [token]
-        while (further := f"{token}_{len(names)}") in ids:
-            names.append(further)
-        if len(names) > 1:
-            tokenizer.vectors[token] = [ids[name] for name in names]
+    save_safetensors(path, {token: vectors})
 
 
 def _read(file):
@@ -141,7 +154,7 @@ def _read(file):
     return vectors.reshape(-1, shape[-1]), path.stem if name == UNNAMED else name
 
 
-def _tokens(tokenizer, token, count):
+def _name_vectors(tokenizer, token, count):
     """Returns the names of a token's vectors, all of them new.
 
     Raises:
@@ -159,7 +172,7 @@ def _tokens(tokenizer, token, count):
     return tokens
 
 
-def _resized(pipeline, old, rows):
+def _resize(pipeline, old, rows):
     """Returns a text encoder like another, with a table of `rows` tokens and zeros everywhere."""
     policy = keras.config.dtype_policy()
     try:

@@ -5,8 +5,12 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel has the folder inside the package; a checkout or editable install has it beside it.
+WEIGHTS_DIR = (_PACKAGE if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent) / "weights"
 
-def find(folder, name):
+
+def find_file(folder, name):
     """Returns the path of a file of a folder, or None if there is no such file.
 
     Args:
