@@ -37,7 +37,7 @@ from PIL import Image
 
 import emoji_data as emoji
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
-from stable_diffusion.__main__ import split_words
+from stable_diffusion.command.generate import split_words
 from stable_diffusion.checkpoints import open_checkpoint
 from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers

@@ -205,11 +205,13 @@ class StableDiffusion:
         """
         if diffusion_noise is not None and seed is not None:
             raise ValueError("Pass diffusion_noise or seed, not both: the seed only draws noise.")
+        schedule, sampler = self.config.schedule, find_sampler(sampler)
+        levels = schedule.levels(num_steps, spacing, sampler)
         if not 0 <= first_step < num_steps or (first_step and latent is None):
             raise ValueError(f"first_step {first_step!r} needs num_steps above it and a latent.")
-        schedule, scale = self.config.schedule, unconditional_guidance_scale
-        scale = self.config.guidance_scale if scale is None else scale
         guided_from, guided_to = _read_interval(guidance_interval)
+        scale = unconditional_guidance_scale
+        scale = self.config.guidance_scale if scale is None else scale
 
         context, negative = _repeat("encoded_text", encoded_text, 2, batch_size), None
         if scale > 1:
@@ -222,8 +224,6 @@ class StableDiffusion:
             latent = next_noise() if diffusion_noise is None else diffusion_noise
         latent = _repeat("diffusion_noise", latent, 3, batch_size)
 
-        sampler = find_sampler(sampler)
-        levels = schedule.levels(num_steps, spacing, sampler)
         unet = DeepCache(self.diffusion_model, deep_cache)
 
         def denoise(latent, alpha, timestep=None):

@@ -3,9 +3,9 @@
 import keras
 import pytest
 
-from stable_diffusion.parity import keras_cv as compare_keras_cv
 from stable_diffusion import StableDiffusion
 from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.parity import keras_cv as compare_keras_cv
 
 
 @pytest.fixture(scope="session")

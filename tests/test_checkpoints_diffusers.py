@@ -26,7 +26,7 @@ from stable_diffusion import (
 from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.checkpoints.diffusers import DiffusersFolder, save_diffusers
 from stable_diffusion.config import TINY, TINY_V2, undo_departures
-from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
+from stable_diffusion.files import WEIGHTS_DIR
 
 MAKE = {
     "text_encoder": lambda c: TextEncoder(77, config=c.text, download_weights=False),

@@ -15,9 +15,10 @@ from keras import ops
 from safetensors.numpy import save_file
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
-from stable_diffusion.adapters.embedding import expand_tokens, load_embedding
+from stable_diffusion.adapters.embedding import load_embedding
 from stable_diffusion.adapters.lora import load_lora, unload_lora
-from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
+from stable_diffusion.clip_tokenizer import expand_tokens
+from stable_diffusion.files import WEIGHTS_DIR
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "lora_golden" / "embedding.safetensors"

@@ -17,7 +17,7 @@ import pytest
 
 from stable_diffusion import Decoder, StableDiffusion
 from stable_diffusion.checkpoints import hub
-from stable_diffusion.checkpoints.hub import PUBLISHED, download
+from stable_diffusion.checkpoints.hub import PUBLISHED, download_published
 from stable_diffusion.checkpoints.kerascv import PRESETS, V1_FILES, Preset
 from stable_diffusion.config import TINY
 
@@ -135,41 +135,41 @@ def publish(server, monkeypatch, content=CONTENT, file=FILE):
 
 def test_second_time_comes_from_the_cache(server, monkeypatch):
     publish(server, monkeypatch)
-    path = download(FILE)
+    path = download_published(FILE)
     assert Path(path).name == FILE and Path(path).read_bytes() == CONTENT
     requests = len(server.requests)
     assert len(server.gets()) == 1
-    assert download(FILE) == path
+    assert download_published(FILE) == path
     assert len(server.requests) == requests  # nothing was asked, not even whether it changed
 
 
 def test_a_file_is_hashed_once(server, monkeypatch):
     publish(server, monkeypatch)
-    path = Path(download(FILE))
+    path = Path(download_published(FILE))
     monkeypatch.setattr(hub.hashlib, "sha256", lambda: pytest.fail("hashed again"))
-    download(FILE)
+    download_published(FILE)
     os.utime(path, ns=(1, 1))
     with pytest.raises(pytest.fail.Exception, match="hashed again"):
-        download(FILE)
+        download_published(FILE)
 
 
 def test_read_only_cache(server, monkeypatch):
     publish(server, monkeypatch)
-    (checked,) = Path(download(FILE)).resolve().parent.glob("*.sha256-ok")
+    (checked,) = Path(download_published(FILE)).resolve().parent.glob("*.sha256-ok")
     checked.unlink()
 
     def refuse(*args):
         raise PermissionError
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    assert Path(download(FILE)).read_bytes() == CONTENT
+    assert Path(download_published(FILE)).read_bytes() == CONTENT
 
 
 def test_interrupted_download_goes_on_where_it_stopped(server, monkeypatch):
     publish(server, monkeypatch)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # it is 10 MB
     server.cuts = 1
-    assert Path(download(FILE)).read_bytes() == CONTENT
+    assert Path(download_published(FILE)).read_bytes() == CONTENT
     first, second = server.gets()
     assert "Range" not in first and second["Range"] == f"bytes={len(CONTENT) // 2}-"
 
@@ -182,21 +182,21 @@ def test_wrong_content(damaged, server, monkeypatch):
     if damaged == "on the hub":
         server.files[repo, FILE] = other
     else:
-        Path(download(FILE)).write_bytes(other)
+        Path(download_published(FILE)).write_bytes(other)
     with pytest.raises(ValueError, match="was removed from the cache") as error:
-        download(FILE)
+        download_published(FILE)
     for part in (FILE, repo, expected, hashlib.sha256(other).hexdigest(), "weights=FOLDER"):
         assert part in str(error.value)
     cache = Path(constants.HF_HUB_CACHE)
     assert not [path for path in cache.rglob("*") if path.name.startswith(FILE)]
     assert not [path for path in cache.rglob("blobs/*")]
     server.files[repo, FILE] = CONTENT
-    assert Path(download(FILE)).read_bytes() == CONTENT
+    assert Path(download_published(FILE)).read_bytes() == CONTENT
 
 
 def test_no_such_file_on_the_hub(server):
     with pytest.raises(ValueError, match="404") as error:
-        download(FILE)
+        download_published(FILE)
     for part in (FILE, PUBLISHED[FILE][0], constants.ENDPOINT, "weights=FOLDER"):
         assert part in str(error.value)
 
@@ -208,7 +208,7 @@ def test_no_network(tmp_path, monkeypatch):
         start = time.monotonic()
         with point_hub_at(endpoint, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match="can't be downloaded") as error:
-                download(FILE)
+                download_published(FILE)
         assert time.monotonic() - start < 5
     for part in (FILE, PUBLISHED[FILE][0], endpoint, "weights=FOLDER"):
         assert part in str(error.value)
@@ -216,13 +216,13 @@ def test_no_network(tmp_path, monkeypatch):
 
 def test_not_a_published_file():
     with pytest.raises(ValueError, match="published files are kcv_encoder.h5, .* not 'x.h5'"):
-        download("x.h5")
+        download_published("x.h5")
 
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r'pip install "stable-diffusion\[hub\]"'):
-        download(FILE)
+        download_published(FILE)
 
 
 def test_hub_settings_in_the_environment(server, monkeypatch, tmp_path):
@@ -231,7 +231,7 @@ def test_hub_settings_in_the_environment(server, monkeypatch, tmp_path):
     code = (
         "import runpy, sys; module = runpy.run_path(sys.argv[1]);"
         "module['PUBLISHED'][sys.argv[2]] = tuple(sys.argv[3:]);"
-        "print(module['download'](sys.argv[2]))"
+        "print(module['download_published'](sys.argv[2]))"
     )
     environment = os.environ | {
         "HF_ENDPOINT": constants.ENDPOINT,
@@ -353,7 +353,7 @@ def test_repository_of_something_else(server):
 
 
 def test_a_repository_that_changes_meanwhile(server, repository):
-    found, _ = hub.find(f"hf://{REPO}")
+    found, _ = hub.find_repository(f"hf://{REPO}")
     found.commit = "f" * 40  # as listed before a new one came
     with pytest.raises(ValueError, match="hf://owner/tiny has changed while it was read"):
         found.fetch("vae/config.json")

@@ -22,7 +22,6 @@ from stable_diffusion import (
     TextEncoderV2,
 )
 from stable_diffusion.checkpoints import kerascv, open_checkpoint
-from stable_diffusion.config import COMPONENTS
 from stable_diffusion.checkpoints.kerascv import (
     PRESETS,
     KerasCVFolder,
@@ -30,7 +29,7 @@ from stable_diffusion.checkpoints.kerascv import (
     is_legacy,
     load_legacy,
 )
-from stable_diffusion.config import SD1, SD1_INPAINTING, SD2, TINY, TINY_V2
+from stable_diffusion.config import COMPONENTS, SD1, SD1_INPAINTING, SD2, TINY, TINY_V2
 
 LAYOUT = Path(__file__).parent / "data" / "kerascv_h5_layout.json.gz"
 
@@ -393,7 +392,7 @@ def make(part):
 def test_preset_downloads_the_file_of_the_part_asked_for(tmp_path, monkeypatch):
     layers = layers_of(tiny("decoder"))
     path, asked = write_legacy(tmp_path / "kcv_decoder.h5", layers), []
-    monkeypatch.setattr(kerascv, "download", lambda file: asked.append(file) or str(path))
+    monkeypatch.setattr(kerascv, "download_published", lambda file: asked.append(file) or str(path))
     monkeypatch.setitem(PRESETS, "sd2.1-base", PRESETS["sd2.1-base"]._replace(config=TINY_V2))
     reader = open_checkpoint("sd2.1-base", SD1)
     assert reader.config == TINY_V2 and asked == []

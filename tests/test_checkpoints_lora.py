@@ -19,8 +19,8 @@ from keras import ops
 from safetensors.numpy import save_file
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.checkpoints.diffusers import variables
 from stable_diffusion.adapters.lora import load_lora, unload_lora
+from stable_diffusion.checkpoints.diffusers import LAYOUTS
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 DATA = Path(__file__).parent / "data"
@@ -36,6 +36,11 @@ FILES = [  # adapter, files that have it together, and family
     ("linear", ["linear_kohya"], "v2"),
 ]
 KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def find_variables(component, model):
+    """Returns the variables of a model by diffusers' names of them."""
+    return {slot.name: slot.variable for slot in LAYOUTS[component].slots(model)}
 
 
 def pipeline(family="v1"):
@@ -138,7 +143,7 @@ def test_every_kernel_can_be_changed(shared):
     kernels = [
         variable
         for part in ("text_encoder", "diffusion_model")
-        for variable in variables(part, getattr(shared, part)).values()
+        for variable in find_variables(part, getattr(shared, part)).values()
         if variable.path.endswith("/kernel")
     ]
     assert load_lora(shared, LORA / "everything_kohya.safetensors") == len(kernels)
@@ -150,7 +155,9 @@ def test_every_kernel_can_be_changed(shared):
 def kernel(model, key=KEY):
     """A kernel as PyTorch has it."""
     name = f"{key.removeprefix('unet.')}.weight"
-    return ops.convert_to_numpy(variables("diffusion_model", model.diffusion_model)[name].value).T
+    return ops.convert_to_numpy(
+        find_variables("diffusion_model", model.diffusion_model)[name].value
+    ).T
 
 
 def adapter(seed=0, rank=2, key=KEY, shape=(16, 16), dtype="float32"):
@@ -184,8 +191,8 @@ def test_scale_and_several_add_up(shared, tmp_path):
 
 def test_only_changed_kernels_are_kept(shared, tmp_path):
     assert load_lora(shared, save(tmp_path / "a.safetensors", adapter())) == 1
-    (kept,) = shared._lora_originals.values()
-    assert [array.nbytes for array in kept[1].values()] == [16 * 16 * 4]
+    (kept,) = shared.changes._originals.values()
+    assert [array.nbytes for array in kept.values()] == [16 * 16 * 4]
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "float16", "mixed_bfloat16"])
@@ -242,7 +249,7 @@ def test_a_part_that_is_gone_is_forgotten(tmp_path):
     model._diffusion_model = None
     keras.backend.clear_session()
     gc.collect()
-    assert len(model._lora_originals) == 0
+    assert len(model.changes._originals) == 0
     load_lora(model, path)
     assert unload_lora(model) == 1
 

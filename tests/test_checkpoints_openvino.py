@@ -113,7 +113,7 @@ def test_nothing_is_left_to_compute_of_parameters_alone(folders, dtype, part):
 def test_what_it_cannot_is_said(model, folder, tmp_path):
     with pytest.raises(ValueError, match="has no image_encoder.xml: it draws, and does nothing"):
         _ = model.image_encoder
-    with pytest.raises(ValueError, match="deep_cache takes a DiffusionModel"):
+    with pytest.raises(ValueError, match="deep_cache needs a DiffusionModel"):
         model.text_to_image("a", deep_cache=2, verbose=0)
     with pytest.raises(ValueError, match="parameters can't be read or changed"):
         _ = model.diffusion_model.weights

@@ -18,12 +18,20 @@ from safetensors.numpy import load_file, save_file
 from test_checkpoints_diffusers import CONFIGS, MAKE, check_equal, random_models
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
-from stable_diffusion.checkpoints import FORMATS, open_checkpoint, save
+from stable_diffusion.checkpoints import FORMATS, open_checkpoint, save_checkpoint
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.config import SD1, SD2, Config, TextConfig, UNetConfig, VAEConfig
-from stable_diffusion.checkpoints.original import CONFIG_KEY, SingleFile, save_original, slots
-from stable_diffusion.config import SD1_INPAINTING, undo_departures
+from stable_diffusion.checkpoints.original import CONFIG_KEY, SingleFile, save_original, find_slots
 from stable_diffusion.checkpoints.tensors import SafetensorsFiles
+from stable_diffusion.config import (
+    SD1,
+    SD1_INPAINTING,
+    SD2,
+    Config,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    undo_departures,
+)
 
 # Narrow, but with the heads that versions 1 and 2 have, so that shapes alone tell the config.
 PLAIN_1 = undo_departures(
@@ -124,7 +132,7 @@ def test_shapes_of_the_published_ones(config, tmp_path):
     shapes = {
         slot.name: (slot.shape[0] * slot.rows, *slot.shape[1:])
         for part, model in models.items()
-        for slot in slots(part, model, config)
+        for slot in find_slots(part, model, config)
     }
     layer = "transformer.resblocks.22."
     last = {k.replace(layer, layer.replace("2.", "3.")): v for k, v in shapes.items() if layer in k}
@@ -306,7 +314,7 @@ def test_the_first_ten_of_many(plain, tensors, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("anything", "has no part of a Stable Diffusion in the original layout"),
+        ("anything", "has no component of a Stable Diffusion in the original layout"),
         ("model.diffusion_model.label_emb.0.0.weight", "Stable Diffusion XL, which isn't support"),
         ("model.diffusion_model.joint_blocks.0.x", "Stable Diffusion 3, which isn't supported"),
         ("lora_unet_mid.lora_down.weight", "The file looks like a LoRA, which load_lora loads"),
@@ -358,7 +366,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     path.write_bytes(b"old")
     models["decoder"].weights[0].assign(ops.full(models["decoder"].weights[0].shape, 1e6))
     with pytest.raises(ValueError, match="not finite in float16"):
-        save_original(path, PLAIN_1, models)
+        save_original(path, PLAIN_1, models, dtype="float16")
     with pytest.raises(ValueError, match="written as .safetensors, not as '.*x.ckpt'"):
         save_original(tmp_path / "x.ckpt", PLAIN_1, models)
     with pytest.raises(ValueError, match="Parts are .*, not unet"):
@@ -383,7 +391,7 @@ def test_every_format_to_every_other(version, tmp_path):
         for format in (known for known in FORMATS if known != "openvino"):  # which is for drawing
             path = tmp_path / name / (f"{format}.safetensors" if format == "original" else format)
             path.parent.mkdir(exist_ok=True)
-            save(pipeline, path, format)
+            save_checkpoint(pipeline, path, format)
             yield path
 
     paths = list(write(first, "first"))

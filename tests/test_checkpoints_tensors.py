@@ -15,10 +15,10 @@ import pytest
 from keras import ops
 from safetensors.numpy import save_file
 
-from stable_diffusion.files import find, new_file, new_folder
 from stable_diffusion.checkpoints.kerascv import load_h5, save_legacy
 from stable_diffusion.checkpoints.layout import Layout
-from stable_diffusion.checkpoints.tensors import SafetensorsFiles, load
+from stable_diffusion.checkpoints.tensors import SafetensorsFiles, load_tensors
+from stable_diffusion.files import find_file, new_file, new_folder
 
 SECONDS, BYTES = 2.0, 30e6  # that an error may take; the files here have a few kB
 LAYOUT = Layout(names={"first": "one", "second": "two"})
@@ -66,7 +66,7 @@ def values(model):
 
 
 def load_safetensors(model, path):
-    load("model", LAYOUT.slots(model), SafetensorsFiles(path), LAYOUT)
+    load_tensors("model", LAYOUT.slots(model), SafetensorsFiles(path), LAYOUT)
 
 
 def check_refused(model, path, match="x.safetensors"):
@@ -160,7 +160,7 @@ def test_a_file_that_vanishes_midway(model, content, tmp_path):
     source = SafetensorsFiles(path)
     path.write_bytes(content[:-8])
     with pytest.raises(ValueError, match="can't be read: .* All parameters of the model are NaN"):
-        load("model", LAYOUT.slots(model), source, LAYOUT)
+        load_tensors("model", LAYOUT.slots(model), source, LAYOUT)
     assert all(np.isnan(value).all() for value in values(model))
 
 
@@ -228,7 +228,7 @@ def test_names_that_lead_out_of_the_folder(name, tmp_path):
     (tmp_path / "x").write_text("secret")
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match="has a name that leads out of it"):
-        find(tmp_path / "model", name)
+        find_file(tmp_path / "model", name)
 
 
 def test_links(tmp_path):
@@ -237,13 +237,13 @@ def test_links(tmp_path):
     (folder / "unet").mkdir(parents=True)
     (folder / "inside.json").write_text("x")
     (folder / "unet" / "config.json").symlink_to("../inside.json")
-    assert find(folder, "unet/config.json").read_text() == "x"
+    assert find_file(folder, "unet/config.json").read_text() == "x"
     (folder / "outside.json").symlink_to(secret)
     (folder / "vae").symlink_to(tmp_path)
     for name in ("outside.json", "vae/secret"):
         with pytest.raises(ValueError, match="is a link that leads out of"):
-            find(folder, name)
-    assert find(folder, "absent.json") is None
+            find_file(folder, name)
+    assert find_file(folder, "absent.json") is None
 
 
 def test_links_of_the_hubs_cache(tmp_path):
@@ -255,9 +255,9 @@ def test_links_of_the_hubs_cache(tmp_path):
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "config.json").symlink_to("../../../blobs/abc")
     (folder / "unet" / "other.json").symlink_to("../../../../secret")
-    assert find(folder, "unet/config.json").read_text() == "x"
+    assert find_file(folder, "unet/config.json").read_text() == "x"
     with pytest.raises(ValueError, match="is a link that leads out of"):
-        find(folder, "unet/other.json")
+        find_file(folder, "unet/other.json")
 
 
 # Writing

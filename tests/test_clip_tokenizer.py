@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stable_diffusion import clip_tokenizer
-from stable_diffusion.clip_tokenizer import WEIGHTS_DIR, SimpleTokenizer
+from stable_diffusion import files
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.files import WEIGHTS_DIR
 
 VOCABULARY = WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
 GOLDEN = Path(__file__).parent / "data" / "clip_tokenizer_golden.json.gz"
@@ -250,8 +251,8 @@ def test_wrong_bpe_path(tmp_path):
 def test_weights_dir_of_a_wheel_and_of_a_checkout(tmp_path, weights):
     (tmp_path / "package").mkdir()
     (tmp_path / weights).mkdir()
-    file = shutil.copy(clip_tokenizer.__file__, tmp_path / "package")
-    spec = importlib.util.spec_from_file_location("installed_clip_tokenizer", file)
+    file = shutil.copy(files.__file__, tmp_path / "package")
+    spec = importlib.util.spec_from_file_location("installed_files", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.WEIGHTS_DIR == (tmp_path / weights).resolve()

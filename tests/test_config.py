@@ -69,8 +69,8 @@ def test_original_undoes_every_departure():
     assert config.text.activation == "gelu" and config.text.pad_token == 0
     assert config.unet.norm_epsilon == config.vae.norm_epsilon == 1e-6
     assert not config.unet.approximate_gelu
-    assert config.schedule.ddim_levels(50)[0][0] == 981
-    assert config.schedule.ddim_levels(50)[-1][0] == 1
+    assert config.schedule.levels(50)[0].timestep == 981
+    assert config.schedule.levels(50)[-2].timestep == 1
     assert undo_departures(SD1).text == SD1.text
     assert undo_departures(undo_departures(SD2)) == undo_departures(SD2)
 

@@ -1,5 +1,6 @@
 """The converter, on a tiny checkpoint: what each format holds when it has gone through."""
 
+import convert_checkpoint
 import keras
 import numpy as np
 import pytest
@@ -7,12 +8,10 @@ from keras import ops
 from safetensors.numpy import load_file, save_file
 from test_checkpoints_diffusers import check_equal, random_models
 
-import convert_checkpoint
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint
-from stable_diffusion.config import COMPONENTS
 from stable_diffusion.checkpoints.diffusers import save_diffusers
-from stable_diffusion.config import TINY
+from stable_diffusion.config import COMPONENTS, TINY
 
 
 @pytest.fixture(scope="module")

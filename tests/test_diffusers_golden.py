@@ -100,7 +100,7 @@ def test_picture_and_each_step_on_the_way(golden):
         num_steps=4,
         diffusion_noise=golden["noise"],
         verbose=0,
-        callback=lambda _, timestep, latent: (steps.append(timestep), trajectory.append(latent)),
+        callback=lambda _, t, latent, x0: (steps.append(t), trajectory.append(latent)),
     )
     assert steps == golden["steps"].tolist()
     check(np.concatenate(trajectory), golden["trajectory"], TRAJECTORY_TOLERANCE)

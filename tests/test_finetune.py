@@ -12,16 +12,16 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import demo_finetune as demo
+import draw_character
+import finetune as script
 import keras
 import numpy as np
 import pytest
 from PIL import Image
 
-import demo_finetune as demo
-import draw_character
-import finetune as script
 from stable_diffusion import StableDiffusion
-from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
+from stable_diffusion.files import WEIGHTS_DIR
 from stable_diffusion.training import callbacks, distribution
 from stable_diffusion.training.callbacks import CURVE
 

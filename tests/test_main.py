@@ -514,7 +514,7 @@ def test_the_process_ends_with_the_status():
 
 def test_arguments_are_parsed_before_keras_is_imported():
     code = (
-        "import sys; from stable_diffusion.__main__ import get_parser; get_parser().parse_args"
+        "import sys; from stable_diffusion.command.generate import get_parser; get_parser().parse_args"
         "(['a']); sys.exit('keras' in sys.modules or 'numpy' in sys.modules)"
     )
     assert process("-c", code).returncode == 0

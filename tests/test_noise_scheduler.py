@@ -11,7 +11,13 @@ import pytest
 from keras import ops
 
 from stable_diffusion import NoiseScheduler
-from stable_diffusion.noise_scheduler import ddim_step, split_prediction, timestep_embedding
+from stable_diffusion.noise_scheduler import (
+    ddim,
+    diffuse,
+    join_prediction,
+    split_prediction,
+    timestep_embedding,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -94,36 +100,34 @@ def test_unknown_names(argument, value):
 )
 def test_timesteps(spacing, offset, n, timesteps):
     scheduler = NoiseScheduler(**SD, spacing=spacing, steps_offset=offset)
-    assert [t for t, _, _ in scheduler.ddim_levels(n)] == timesteps
+    assert [t for t, _ in scheduler.levels(n)] == [*timesteps, None]
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 25, 50, 333, 999, 1000])
 def test_levels(spacing, n):
     scheduler = NoiseScheduler(**SD, spacing=spacing)
-    found, alphas = scheduler.ddim_levels(n), levels()
-    timesteps = [t for t, _, _ in found]
+    found, alphas = scheduler.levels(n), levels()
+    timesteps = [t for t, _ in found[:-1]]
     assert len(set(timesteps)) == n and timesteps == sorted(timesteps, reverse=True)
     assert all(type(t) is int and 0 <= t <= 999 for t in timesteps)
-    assert all(type(alpha) is float for step in found for alpha in step[1:])
-    np.testing.assert_allclose([alpha for _, alpha, _ in found], alphas[timesteps], rtol=1e-12)
-    assert [previous for _, _, previous in found[:-1]] == [alpha for _, alpha, _ in found[1:]]
-    assert found[-1][2] == 1.0
+    assert all(type(level.alpha) is float for level in found)
+    np.testing.assert_allclose([a for _, a in found[:-1]], alphas[timesteps], rtol=1e-12)
+    assert found[-1] == (None, 1.0)
 
 
 def test_last_alpha():
     scheduler = NoiseScheduler(**SD, spacing="leading", steps_offset=1, final_alpha=None)
-    assert scheduler.ddim_levels(50)[-1] == (
-        1,
-        scheduler.alphas_cumprod[1],
-        scheduler.alphas_cumprod[0],
-    )
+    assert scheduler.levels(50)[-2:] == [
+        (1, scheduler.alphas_cumprod[1]),
+        (None, scheduler.alphas_cumprod[0]),
+    ]
 
 
 @pytest.mark.parametrize("n", [0, -1, 1001, 2.0, "5", None])
 def test_wrong_num_steps(n):
     with pytest.raises(ValueError, match="num_steps must be an int from 1 to 1000, not "):
-        NoiseScheduler().ddim_levels(n)
+        NoiseScheduler().levels(n)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
@@ -132,15 +136,15 @@ def test_any_number_of_steps(spacing):
     scheduler = NoiseScheduler(**SD, spacing=spacing, steps_offset=1)
     most = 999 if spacing == "leading" else 1000
     for n in range(1, most + 1):
-        timesteps = [t for t, _, _ in scheduler.ddim_levels(n)]
+        timesteps = [t for t, _ in scheduler.levels(n)[:-1]]
         assert len(set(timesteps)) == n and timesteps == sorted(timesteps, reverse=True)
         assert 0 <= timesteps[-1] and timesteps[0] <= 999
     with pytest.raises(ValueError, match=f"num_steps must be an int from 1 to {most}, not "):
-        scheduler.ddim_levels(most + 1)
+        scheduler.levels(most + 1)
 
 
 def test_numpy_num_steps():
-    assert NoiseScheduler().ddim_levels(np.int64(3)) == NoiseScheduler().ddim_levels(3)
+    assert NoiseScheduler().levels(np.int64(3)) == NoiseScheduler().levels(3)
 
 
 @pytest.mark.parametrize("alpha", [0.9, 0.5, 0.01])
@@ -151,29 +155,33 @@ def test_split_prediction(alpha):
     for prediction_type, output in {"epsilon": noise, "v_prediction": v, "sample": x0}.items():
         found = split_prediction(output, sample, alpha, prediction_type)
         np.testing.assert_allclose(found, [x0, noise], atol=1e-12)
+        np.testing.assert_allclose(diffuse(x0, noise, alpha), sample, atol=1e-12)
+        target = join_prediction(x0, noise, alpha, prediction_type)
+        np.testing.assert_allclose(target, output, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_ddim_step_goes_from_level_to_level(prediction_type):
+def test_ddim_step_goes_from_level_to_level():
+    """Equation 12 of Song et al., without noise: written out here."""
     x0, noise = normal(2, 3).astype("float64"), normal(2, 3, seed=1).astype("float64")
     a, b = 0.3, 0.8
-    sample = math.sqrt(a) * x0 + math.sqrt(1 - a) * noise
-    v = math.sqrt(a) * noise - math.sqrt(1 - a) * x0
-    output = {"epsilon": noise, "v_prediction": v, "sample": x0}[prediction_type]
+    latent = math.sqrt(a) * x0 + math.sqrt(1 - a) * noise
+    steps = ddim(lambda *_: (x0, noise), latent, [(600, a), (200, b), (None, 1.0)], None)
+    (first, second, predicted), (third, last, _) = steps
+    assert (first, third) == (600, 200) and predicted is x0
     expected = math.sqrt(b) * x0 + math.sqrt(1 - b) * noise
-    np.testing.assert_allclose(
-        ddim_step(output, sample, a, b, prediction_type), expected, atol=1e-12
-    )
-    np.testing.assert_allclose(ddim_step(output, sample, a, 1.0, prediction_type), x0, atol=1e-12)
+    np.testing.assert_allclose(second, expected, atol=1e-12)
+    np.testing.assert_allclose(last, x0, atol=1e-12)
 
 
 def test_ddim_with_a_perfect_model_finds_the_sample():
     scheduler = NoiseScheduler(**SD)
     x0, latent = normal(2, 3).astype("float64"), normal(2, 3, seed=1).astype("float64")
-    for _, alpha, alpha_prev in scheduler.ddim_levels(20):
-        output = (latent - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
-        latent = ddim_step(output, latent, alpha, alpha_prev)
-    np.testing.assert_allclose(latent, x0, atol=1e-9)
+
+    def denoise(latent, alpha, timestep):
+        return x0, (latent - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
+
+    *_, (_, found, _) = ddim(denoise, latent, scheduler.levels(20), None)
+    np.testing.assert_allclose(found, x0, atol=1e-9)
 
 
 # Timestep embedding

@@ -21,7 +21,7 @@ from stable_diffusion import (
     TextEncoder,
 )
 from stable_diffusion.config import TINY, TINY_V2
-from stable_diffusion.samplers import DeepCache
+from stable_diffusion.samplers.deep_cache import DeepCache
 
 BACKEND = keras.backend.backend()
 JIT = BACKEND == "jax"  # which is slow without; on the others compiling takes longer than running
@@ -230,11 +230,12 @@ def test_guidance_of_one_is_the_prompt_alone(model):
 def test_callback(model):
     seen = []
     draw(model, batch_size=2, callback=lambda *arguments: seen.append(arguments))
-    assert [step for step, _, _ in seen] == [0, 1, 2]
-    assert [t for _, t, _ in seen] == [t for t, _, _ in TINY.schedule.ddim_levels(STEPS)]
-    assert all(type(step) is int and type(t) is int for step, t, _ in seen)
-    for _, _, latent in seen:
-        assert latent.shape == (2, h, w, 4) and latent.dtype == np.float32
+    assert [step for step, *_ in seen] == [0, 1, 2]
+    assert [t for _, t, *_ in seen] == [t for t, _ in TINY.schedule.levels(STEPS)[:-1]]
+    assert all(type(step) is int and type(t) is int for step, t, *_ in seen)
+    for _, _, *latents in seen:
+        for latent in latents:
+            assert latent.shape == (2, h, w, 4) and latent.dtype == np.float32
     last = np.asarray(model.decoder.predict_on_batch(seen[-1][2]))
     expected = np.clip((last + 1) / 2 * 255, 0, 255).astype("uint8")
     np.testing.assert_array_equal(draw(model, batch_size=2), expected)
@@ -251,7 +252,7 @@ def test_batches_of_any_size_are_traced_twice(monkeypatch):
 
 
 def test_an_exception_in_the_callback_stops_the_drawing(model):
-    def stop(step, timestep, latent):
+    def stop(step, timestep, latent, x0):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -269,7 +270,7 @@ def test_verbose(model, capsys):
 def test_samplers(model, monkeypatch, sampler):
     """One pass a step, and with many steps nearly DDIM's picture."""
     unet, seen = Spy(monkeypatch, model.diffusion_model), []
-    images = draw(model, sampler=sampler, callback=lambda step, t, _: seen.append((step, t)))
+    images = draw(model, sampler=sampler, callback=lambda *arguments: seen.append(arguments[:2]))
     assert unet.batches == [{2}] * STEPS
     assert seen == [(0, 999), (1, 666), (2, 333)]
     assert differ(images, draw(model)) > 2
@@ -279,13 +280,14 @@ def test_samplers(model, monkeypatch, sampler):
 
 
 def test_a_sampler_of_ones_own(model):
-    def jump(predict, latent, schedule, num_steps):
-        for n in range(num_steps):
-            yield n, latent - predict(latent, n)
+    def jump(denoise, latent, levels, next_noise):
+        for timestep, alpha in levels[:-1]:
+            latent, _ = denoise(latent, alpha)  # the timestep follows from alpha
+            yield timestep, latent + 0 * next_noise(), latent
 
     seen = []
     draw(model, sampler=jump, callback=lambda *arguments: seen.append(arguments[:2]))
-    assert seen == [(0, 0), (1, 1), (2, 2)]
+    assert seen == [(0, 999), (1, 500), (2, 0)]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_a_sampler_of_ones_own(model):
     [
         (
             {"sampler": "euler"},
-            "sampler must be one of ddim, dpmpp-2m, dpmpp-2m-quadratic, unipc, or .*not 'euler'",
+            "sampler must be one of ddim, dpmpp-2m, unipc, or .*not 'euler'",
         ),
         ({"sampler": "unipc", "num_steps": 1000}, "num_steps must be an int from 1 to 999"),
         ({"guidance_interval": 5}, "guidance_interval must be two timesteps.*not 5"),
@@ -365,16 +367,32 @@ def test_deep_features_used_at_once_are_exact(model):
     inputs = [noise(2, h, w, 4), noise(2, 32, seed=1), noise(2, 77, D, seed=2)]
     expected = np.asarray(model.diffusion_model.predict_on_batch(inputs))
     cached = DeepCache(model.diffusion_model, 2)
-    for _ in range(2):
+    for step in range(2):
+        cached.step = step
         np.testing.assert_allclose(cached.predict_on_batch(inputs), expected, atol=1e-4)
-    assert cached.calls == 2
+    assert cached.whole_step == 0
+
+
+def test_deep_cache_counts_steps_and_not_runs(model, monkeypatch):
+    """A sampler that runs the model twice in a step has the whole UNet twice in a whole step."""
+    count = Count(monkeypatch, model.diffusion_model)
+
+    def twice(denoise, latent, levels, next_noise):
+        for timestep, alpha in levels[:-1]:
+            for _ in range(2):
+                x0, _ = denoise(latent, alpha, timestep)
+            latent = yield timestep, x0, x0
+            latent = x0 if latent is None else latent
+
+    draw(model, num_steps=4, deep_cache=2, sampler=twice)
+    assert count() == (4, 4)
 
 
 def test_deep_cache_needs_levels():
     config = replace(TINY.unet, widths=(32,), heads=(2,), attention=(True,))
     unet = DiffusionModel(8 * h, 8 * w, 77, download_weights=False, config=config)
     for model in (unet, keras.Sequential()):
-        with pytest.raises(ValueError, match="takes a DiffusionModel of several levels"):
+        with pytest.raises(ValueError, match="needs a DiffusionModel of several stages"):
             DeepCache(model, 2)
 
 
@@ -536,7 +554,7 @@ def test_dtype_policies(dtype_policy, model, policy):
     dtype_policy(policy)
     other = tiny()
     seen = []
-    images = draw(other, callback=lambda step, timestep, latent: seen.append(latent))
+    images = draw(other, callback=lambda step, timestep, latent, x0: seen.append(latent))
     assert images.shape == (1, H, W, 3) and images.dtype == np.uint8
     assert all(np.isfinite(latent).all() and latent.dtype == np.float32 for latent in seen)
     assert np.abs(images.astype(int) - expected).mean() < (4 if "float16" == policy[-7:] else 16)

@@ -14,7 +14,7 @@ from stable_diffusion.training.data import (
     StepLoss,
     Stream,
     denoising_loss,
-    diffuse,
+    make_targets,
     min_snr_weight,
     sample_posterior,
 )
@@ -56,7 +56,7 @@ def test_noising_is_the_schedulers_and_targets_give_back_what_they_are_made_of(k
     schedule = NoiseScheduler(prediction_type=kind)
     rng, timesteps = np.random.default_rng(0), np.array([0, 500, 999])
     x0, noise = rng.standard_normal((2, 3, 2, 2, 4), dtype="float32")
-    noisy, target = diffuse(schedule, x0, noise, timesteps)
+    noisy, target = make_targets(schedule, x0, noise, timesteps)
     expected = schedule.add_noise(
         ops.convert_to_tensor(x0), ops.convert_to_tensor(noise), timesteps
     )

@@ -23,7 +23,7 @@ from keras_cv.src.models.stable_diffusion.diffusion_model import DiffusionModel 
 
 from stable_diffusion import DiffusionModel, SimpleTokenizer
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.clip_tokenizer import WEIGHTS_DIR
+from stable_diffusion.files import WEIGHTS_DIR
 
 
 def seconds(function):

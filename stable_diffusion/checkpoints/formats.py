@@ -44,17 +44,17 @@ class Format:
 
 
 FORMATS = {  # in the order in which they are tried
-    "original": Format(
-        "one .safetensors file in the original layout",
-        is_single_file,
-        lambda path, config, ema: SingleFile(path, ema=ema),
-        save_original,
-    ),
     "diffusers": Format(
         "a folder in diffusers' layout",
         DiffusersFolder.recognize,
         lambda path, config, ema: DiffusersFolder(path),
         save_diffusers,
+    ),
+    "original": Format(
+        "one .safetensors file in the original layout",
+        is_single_file,
+        lambda path, config, ema: SingleFile(path, ema=ema),
+        save_original,
     ),
     "openvino": Format(
         "a folder of models that OpenVINO runs, only for generating images",

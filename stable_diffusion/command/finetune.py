@@ -9,7 +9,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from stable_diffusion.__main__ import Parser, complain, number
+from stable_diffusion.command.generate import Parser, complain, number
 
 EPILOG = """\
 Pictures are described by metadata.jsonl or metadata.csv (file_name, text), or by a .txt beside

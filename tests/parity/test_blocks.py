@@ -16,11 +16,11 @@ from keras_cv.src.models.stable_diffusion import (
     text_encoder,
 )
 
-from stable_diffusion.parity.keras_cv import randomize, relative_error
 from stable_diffusion.attention_block import Attention, AttentionBlock
 from stable_diffusion.config import SD1, SD2, TINY
 from stable_diffusion.diffusion_model import GEGLU, DiffusionModel, SpatialTransformer
 from stable_diffusion.padded_conv2d import PaddedConv2D
+from stable_diffusion.parity.keras_cv import randomize, relative_error
 from stable_diffusion.resnet_block import ResnetBlock
 from stable_diffusion.text_encoder import CLIPEmbedding, CLIPEncoderLayer
 

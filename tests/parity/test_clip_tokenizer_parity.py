@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from stable_diffusion.clip_tokenizer import WEIGHTS_DIR, SimpleTokenizer
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.files import WEIGHTS_DIR
 
 keras_cv_tokenizer = pytest.importorskip("keras_cv.src.models.stable_diffusion.clip_tokenizer")
 

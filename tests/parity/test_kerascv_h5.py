@@ -10,9 +10,9 @@ import subprocess
 import numpy as np
 import pytest
 
+from stable_diffusion.checkpoints.kerascv import is_legacy
 from stable_diffusion.parity import keras_cv as compare_keras_cv
 from stable_diffusion.parity.keras_cv import build_pair, free_memory, random_inputs, relative_error
-from stable_diffusion.checkpoints.kerascv import is_legacy
 
 PYTHON = os.environ.get("KERASCV2_PYTHON")
 SIZE, TOLERANCE = 64, 2e-5

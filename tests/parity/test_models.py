@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from stable_diffusion.parity import keras_cv as compare_keras_cv
 from stable_diffusion import DiffusionModel
 from stable_diffusion.config import SD1, SD1_INPAINTING
 from stable_diffusion.noise_scheduler import timestep_embedding
+from stable_diffusion.parity import keras_cv as compare_keras_cv
 from stable_diffusion.training.data import denoising_loss, diffuse
 
 SIZE, TOLERANCE, GRADIENT_TOLERANCE = 64, 1e-5, 1e-4

@@ -13,9 +13,9 @@ from keras_cv.models.stable_diffusion import NoiseScheduler as KerasCVScheduler
 from keras_cv.src.models.stable_diffusion.constants import _ALPHAS_CUMPROD
 from keras_cv.src.models.stable_diffusion.stable_diffusion import StableDiffusionBase
 
-from stable_diffusion.parity.keras_cv import relative_error
 from stable_diffusion import NoiseScheduler, StableDiffusion
 from stable_diffusion.config import SD1
+from stable_diffusion.parity.keras_cv import relative_error
 
 SCHEDULES = [
     {},

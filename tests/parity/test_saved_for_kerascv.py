@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+from stable_diffusion.checkpoints.kerascv import save_legacy
 from stable_diffusion.parity import keras_cv as compare_keras_cv
 from stable_diffusion.parity.keras_cv import build_pair, free_memory, randomize
-from stable_diffusion.checkpoints.kerascv import save_legacy
 
 SIZE = 64
 

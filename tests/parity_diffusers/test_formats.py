@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
-from stable_diffusion.config import SD1, SD2
 from stable_diffusion.checkpoints.diffusers_config import config_files, write_files
-from stable_diffusion.config import undo_departures
-from stable_diffusion.noise_scheduler import ddim_step, timestep_embedding
+from stable_diffusion.config import SD1, SD2, undo_departures
+from stable_diffusion.noise_scheduler import ddim, split_prediction, timestep_embedding
 
 REASON = "needs pip install torch diffusers transformers accelerate"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -205,13 +204,16 @@ def draw_ours(pipeline, start, extra=None):
         )[0]
     schedule, latent = pipeline.config.schedule, start
     context = np.concatenate([pipeline.encode_text(NEGATIVE), pipeline.encode_text(PROMPT)])
-    for timestep, alpha, alpha_prev in schedule.ddim_levels(STEPS):
+
+    def denoise(latent, alpha, timestep):
         seen = np.repeat(np.concatenate([latent, extra], -1), 2, axis=0)
         time = timestep_embedding([timestep] * 2, pipeline.config.unet.widths[0])
         output = np.asarray(pipeline.diffusion_model.predict_on_batch([seen, time, context]))
         unguided, guided = np.split(output, 2)
         output = unguided + GUIDANCE * (guided - unguided)
-        latent = ddim_step(output, latent, alpha, alpha_prev, schedule.prediction_type)
+        return split_prediction(output, latent, alpha, schedule.prediction_type)
+
+    *_, (_, latent, _) = ddim(denoise, latent, schedule.levels(STEPS), None)
     return to_levels(np.asarray(pipeline.decoder.predict_on_batch(latent)))
 
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from stable_diffusion import Decoder, StableDiffusion, tiling
+from stable_diffusion import Decoder, StableDiffusion, strips
 from stable_diffusion.config import TINY
 
 TOLERANCE = 1e-5
@@ -41,7 +41,7 @@ def latent():
 )
 def test_the_same_picture(decoder, latent, most, strip):
     expected = np.asarray(decoder.predict_on_batch(latent))
-    found = tiling.decode(decoder, latent, most, strip)
+    found = strips.decode_in_strips(decoder, latent, most, strip)
     assert found.shape == expected.shape == (2, H, W, 3) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0)
 
@@ -59,47 +59,47 @@ def test_half_precision(dtype, decoder, latent):
     half.set_weights([weight.astype("float32") for weight in decoder.get_weights()])
     expected = np.asarray(decoder.predict_on_batch(latent))
     whole = np.asarray(half.predict_on_batch(latent), "float32")
-    found = tiling.decode(half, latent, 1, 10_000)
+    found = strips.decode_in_strips(half, latent, 1, 10_000)
     assert found.dtype == np.float32
     error, of_whole = np.std(found - expected), np.std(whole - expected)
     assert 0 < error <= 1.2 * of_whole and of_whole < 0.05 * np.std(expected)
 
 
 def test_strips_are_bounded(decoder, latent, monkeypatch):
-    strips, convert = [], tiling.ops.convert_to_tensor
+    seen, convert = [], strips.ops.convert_to_tensor
 
     def spy(x, *args, **kwargs):
         if isinstance(x, np.ndarray) and x.ndim == 4:
-            strips.append(x[0].size)
+            seen.append(x[0].size)
         return convert(x, *args, **kwargs)
 
-    monkeypatch.setattr(tiling.ops, "convert_to_tensor", spy)
-    tiling.decode(decoder, latent, 1, 10_000)
+    monkeypatch.setattr(strips.ops, "convert_to_tensor", spy)
+    strips.decode_in_strips(decoder, latent, 1, 10_000)
     row = W * TINY.vae.widths[1]  # features in the longest row
-    assert max(strips) <= 10_000 + 2 * row
-    assert len(strips) > 50
+    assert max(seen) <= 10_000 + 2 * row
+    assert len(seen) > 50
 
 
 def test_small_pictures_are_decoded_at_once(decoder, latent, monkeypatch):
-    monkeypatch.setattr(tiling, "_apply", None)
+    monkeypatch.setattr(strips, "_apply", None)
     expected = np.asarray(decoder.predict_on_batch(latent))
-    np.testing.assert_array_equal(tiling.decode(decoder, latent), expected)
+    np.testing.assert_array_equal(strips.decode_in_strips(decoder, latent), expected)
 
 
 def test_another_model_decodes_by_itself(latent):
     model = keras.Sequential([keras.Input((8, 6, 4)), keras.layers.UpSampling2D(8)])
-    assert tiling.decode(model, latent, 1, 1).shape == (2, H, W, 4)
+    assert strips.decode_in_strips(model, latent, 1, 1).shape == (2, H, W, 4)
 
 
 def test_pictures_over_512_are_decoded_in_strips(monkeypatch):
     """The pipeline asks for it by the features of its decoder, not of its checkpoint."""
     seen = []
-    monkeypatch.setattr(tiling, "_apply", lambda layer, x, strip: seen.append(layer) or x)
+    monkeypatch.setattr(strips, "_apply", lambda layer, x, strip: seen.append(layer) or x)
     config = replace(TINY, vae=replace(TINY.vae, widths=(16, 256, 32, 32)))
     latent = np.zeros((1, 64, 64, 4), "float32")
-    for size, strips in ((512, False), (576, True)):
+    for size, in_strips in ((512, False), (576, True)):
         model = StableDiffusion(size, size, jit_compile=JIT, weights=None, config=config)
-        if not strips:
+        if not in_strips:
             monkeypatch.setattr(model.decoder, "predict_on_batch", lambda x: x)
-        tiling.decode(model.decoder, latent)
-        assert bool(seen) == strips
+        strips.decode_in_strips(model.decoder, latent)
+        assert bool(seen) == in_strips

@@ -2,18 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from stable_diffusion.training.folder import (
-    Example,
-    View,
-    crop,
-    list_views,
-    open_picture,
-    read_folder,
-)
+from stable_diffusion.training.folder import Example, View, list_views, read_folder
 
 WHITE, GREEN = (255, 255, 255), (0, 255, 0)
 CENTRE = View(0.5, 0.5, False)
@@ -76,47 +68,6 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     fails("metadata.jsonl can't be read")
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     fails("has both metadata.jsonl and metadata.csv")
-
-
-def test_a_picture_is_turned_as_its_exif_says(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise
-    path = save(tmp_path / "a.jpg", size=(30, 10), exif=exif)
-    assert open_picture(path, WHITE).size == (10, 30)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_parts_are_on_the_colour(mode, tmp_path):
-    options = {"transparency": 0} if mode == "P" else {}
-    colour = {"RGBA": (10, 10, 10, 0), "LA": (10, 0), "P": 0}[mode]
-    opened = open_picture(save(tmp_path / "a.png", mode, colour=colour, **options), GREEN)
-    assert opened.mode == "RGB" and opened.getpixel((0, 0)) == GREEN
-
-
-def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
-    Image.fromarray(np.full((4, 4), 32896, "uint16")).save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png", WHITE).getpixel((0, 0)) == (128, 128, 128)
-
-
-@pytest.mark.parametrize("content", [b"", b"no picture", None])
-def test_a_broken_picture_is_an_error_that_names_it(content, tmp_path):
-    path = save(tmp_path / "a.png", size=(99, 99))
-    path.write_bytes(path.read_bytes()[:60] if content is None else content)
-    with pytest.raises(ValueError, match="a.png can't be opened"):
-        open_picture(path, WHITE)
-
-
-def test_crops_cover_the_size_at_their_place():
-    picture = np.zeros((8, 16, 3), "uint8")
-    picture[:, 8:] = 255  # black on the left, white on the right
-    picture = Image.fromarray(picture)
-    assert (crop(picture, View(0, 0.5, False), 8, 8) == 0).all()
-    assert (crop(picture, View(1, 0.5, False), 8, 8) == 255).all()
-    middle = crop(picture, CENTRE, 8, 8)
-    assert (middle[:, :4] == 0).all() and (middle[:, 4:] == 255).all()
-    np.testing.assert_array_equal(crop(picture, View(0.5, 0.5, True), 8, 8), middle[:, ::-1])
-    for size in ((64, 64), (24, 8), (8, 24)):
-        assert crop(picture, CENTRE, *size).shape == (*size, 3)
 
 
 def test_views_are_the_same_for_the_same_picture(tmp_path):

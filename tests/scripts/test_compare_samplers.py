@@ -1,0 +1,26 @@
+"""The script that compares samplers, on a few images of the embedded checkpoint."""
+
+import json
+
+import compare_samplers as script
+import numpy as np
+import pytest
+
+from stable_diffusion.files import WEIGHTS_DIR
+
+
+@pytest.mark.large
+def test_the_script_compares(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "REFERENCE", {"sampler": "ddim", "num_steps": 3})
+    monkeypatch.setattr(script, "INTERVALS", [(0, 600)])
+    monkeypatch.setattr(script, "CACHES", [2])
+    names = (WEIGHTS_DIR / "emoji" / "subjects.txt").read_text("utf-8").splitlines()
+    pictures = np.random.default_rng(0).integers(0, 256, (len(names), 128, 128, 4), "uint8")
+    np.savez(tmp_path / "emoji.npz", names=names, pictures=pictures)
+    arguments = ["--data", tmp_path / "emoji.npz", "--pictures", 2, "--steps", 3, "--json"]
+    assert script.main([str(argument) for argument in arguments]) == 0
+    reference, *rows = json.loads(capsys.readouterr().out)
+    assert reference["error"] == 0 and reference["passes"] == 6
+    errors = {row["name"]: row["error"] for row in rows if row["steps"] == 3}
+    assert errors["ddim"] == 0 < errors["unipc"] != errors["dpmpp-2m"] > 0
+    assert all(0 <= row["colour"] <= 100 and row["passes"] > 0 for row in rows)
