@@ -38,7 +38,7 @@ class TextConfig:
 class UNetConfig:
     """The diffusion model. Reference: Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
 
-    `widths`, `heads` and `attention` have one entry a resolution level, the finest first.
+    `widths`, `heads` and `attention` have one entry for each stage, the finest first.
     """
 
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -46,7 +46,7 @@ class UNetConfig:
     attention: tuple[bool, ...] = (True, True, True, False)
     context_width: int = 768
     res_blocks: int = 2
-    in_channels: int = 4  # 9 for inpainting: latent, mask, latent of the masked picture
+    in_channels: int = 4  # 9 for inpainting: latent, mask, latent of the masked image
     out_channels: int = 4
     linear_projection: bool = False  # around each transformer: Dense, or 1x1 convolution
     groups: int = 32

@@ -364,7 +364,7 @@ class StableDiffusion:
         load_lora(self, path, scale)
 
     def unload_lora(self):
-        """Takes all LoRAs off again: every parameter is exactly as it was before."""
+        """Removes all LoRAs: every parameter is exactly as it was before."""
         unload_lora(self)
 
     def load_embedding(self, path, token=None):
