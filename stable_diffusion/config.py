@@ -1,7 +1,7 @@
 """Every number that tells one Stable Diffusion from another.
 
-Each model is built from one frozen dataclass, whose defaults are Stable Diffusion 1 as KerasCV
-builds it. KerasCV departs from the original implementation (CompVis, diffusers) in a few places;
+Each model is built from one frozen dataclass. The defaults are Stable Diffusion 1 as KerasCV builds
+it. KerasCV departs from the original implementation (CompVis, diffusers) in a few places;
 each departure is one field, and `undo_departures` sets them all:
 
 | field                         | KerasCV     | original  | what it changes                     |
