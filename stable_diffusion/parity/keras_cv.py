@@ -1,7 +1,7 @@
 """Compares every layer of the models here with KerasCV's, given the same random parameters.
 
-    python scripts/compare_keras_cv.py --model decoder
-    python scripts/compare_keras_cv.py --summary
+    python -m stable_diffusion.parity.keras_cv --model decoder
+    python -m stable_diffusion.parity.keras_cv --summary
 
 Prints for each layer the shape of its output and the largest relative error, max|a - b| / max|b|,
 in float32. The pictures are twice as wide as high, so that exchanged axes show. Needs TensorFlow
