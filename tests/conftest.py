@@ -1,23 +1,10 @@
-"""What several test files use; the first two live in `scripts/compare_keras_cv.py`."""
+"""Fixtures of several test modules. What is no fixture is in helpers.py."""
 
 import keras
 import pytest
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
-from stable_diffusion.parity import keras_cv as compare_keras_cv
-
-
-@pytest.fixture(scope="session")
-def randomize():
-    """`randomize(model_or_layer, rng)`: random biases, gammas and betas too, activations near 1."""
-    return compare_keras_cv.randomize
-
-
-@pytest.fixture(scope="session")
-def relative_error():
-    """`relative_error(a, b)`: max|a - b| / max|b|, where b is the reference."""
-    return compare_keras_cv.relative_error
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,14 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from helpers import CONFIGS, MAKE, check_equal, random_models
 from keras import ops
 from safetensors.numpy import load_file, save_file
-from test_checkpoints_diffusers import CONFIGS, MAKE, check_equal, random_models
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint, save_checkpoint
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.checkpoints.original import CONFIG_KEY, SingleFile, save_original, find_slots
+from stable_diffusion.checkpoints.original import CONFIG_KEY, SingleFile, find_slots, save_original
 from stable_diffusion.checkpoints.tensors import SafetensorsFiles
 from stable_diffusion.config import (
     SD1,

@@ -4,9 +4,9 @@ import convert_checkpoint
 import keras
 import numpy as np
 import pytest
+from helpers import check_equal, random_models
 from keras import ops
 from safetensors.numpy import load_file, save_file
-from test_checkpoints_diffusers import check_equal, random_models
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint
