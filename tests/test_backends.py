@@ -14,6 +14,7 @@ from helpers import DATA, run_python
 
 BACKENDS = ("tensorflow", "jax", "torch", "openvino")
 INSTALLED = [backend for backend in BACKENDS if find_spec(backend)]
+MARKED = [pytest.param(b, marks=[pytest.mark.torch] * (b == "torch")) for b in INSTALLED]
 LEVELS = 2
 needs_openvino = pytest.mark.skipif("openvino" not in INSTALLED, reason="openvino isn't installed")
 
@@ -80,7 +81,7 @@ def run(backend, code, target):
         return dict(arrays)
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
+@pytest.mark.parametrize("backend", MARKED)
 def test_images_are_equal(backend, tmp_path):
     code = (DATA / "make_backends_golden.py").read_text("utf-8")
     found = run(backend, code, tmp_path / "found.npz")
@@ -110,7 +111,7 @@ def test_openvino_in_bfloat16_is_refused(tmp_path):
         run("openvino", code, tmp_path / "none.npz")
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
+@pytest.mark.parametrize("backend", MARKED)
 def test_changed_parameters_count_at_once(backend, tmp_path):
     """Also where they were compiled in for the image before."""
     images = run(backend, GENERATE_CHANGED, tmp_path / "changed.npz")

@@ -416,7 +416,7 @@ def test_arguments_of_save(tiny, tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.large
+@pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # of these libraries, about each other
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_diffusers_draws_the_same_picture(name, tmp_path):

@@ -307,7 +307,7 @@ def test_memory_is_counted():
     assert memory["optimizer"] == 2 * 4 * 12
 
 
-@pytest.mark.large
+@pytest.mark.torch
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_runs_what_was_trained(few, keys, pictures, tmp_path):

@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 from make_diffusers_golden import randomize  # noqa: E402  needs the above
 
 pytestmark = [
-    pytest.mark.large,
+    pytest.mark.torch,
     pytest.mark.filterwarnings("default"),  # of these libraries, about each other
 ]
 
@@ -304,6 +304,7 @@ FULL = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("version", FULL)
 def test_full_size(version, tmp_path):
     """As published, from a folder of shards and from one file in the original layout; 13 GB."""
