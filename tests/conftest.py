@@ -36,15 +36,8 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Gives the tests of a file to one process, for its fixtures, unless the file says otherwise.
-
-    All large tests go to one process, because two full-size models of two processes do not fit
-    into memory together.
-    """
-    for item in items:
-        if item.get_closest_marker("large"):
-            item.add_marker(pytest.mark.xdist_group("large"), append=False)
-        elif not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Two processes, but one for large tests: two full-size models fill the memory."""
+    selected = config.option.markexpr
+    return 0 if "large" in selected and "not large" not in selected else 2
