@@ -48,9 +48,9 @@ _WORD_EDGE = r"(?!(?<=[\p{L}\p{M}\p{N}])(?=[\p{L}\p{M}\p{N}]))"  # not between t
 class SimpleTokenizer:
     """Converts text to CLIP's token ids, and ids to text.
 
-    Differs from KerasCV: text is first repaired with ftfy, because the text that CLIP was trained
-    on was; and an added token is found as it is written (see `add_tokens`), because there one that
-    has an upper-case letter, or stands next to a punctuation mark, can be missed.
+    Differs from KerasCV: text is first repaired with ftfy, because CLIP's training text was. And an
+    added token is found as it is written (see `add_tokens`), because KerasCV can miss one that has
+    an upper-case letter or stands next to a punctuation mark.
 
     Args:
         bpe_path: path of a list of pairs: CLIP's gzipped one, or a shorter one as `merges.txt` is
@@ -61,8 +61,8 @@ class SimpleTokenizer:
         encoder: dict from token to id.
         start_of_text: id before the first word, 49406.
         end_of_text: id after the last word, 49407; KerasCV also pads with it.
-        vectors: dict from added tokens to their ids, of those that stand for several, as a textual
-            inversion can (see `checkpoints.embedding`).
+        vectors: dict from an added token to its ids, for tokens that stand for several vectors, as
+            a textual inversion may (see `expand_tokens`).
 
     Raises:
         ValueError: if `bpe_path` is not such a file.
@@ -90,12 +90,12 @@ class SimpleTokenizer:
     def add_tokens(self, tokens: str | list[str]) -> int:
         """Gives each of `tokens` an id of its own, from 49408 on.
 
-        From then on `encode` finds it where the prompt has it as written here, in the same case,
-        but not inside a longer word: "sks" is found in "(sks)" and not in "skset", "<sks>" is found
-        in "a<sks>b". Of two that start at the same place the longer is taken.
+        From then on `encode` finds each in a prompt as it is written here, in the same case, but
+        not inside a longer word: it finds "sks" in "(sks)" and not in "skset", and "<sks>" in
+        "a<sks>b". Of two tokens that start at the same place it takes the longer one.
 
         Args:
-            tokens: one token, or several. What is in the vocabulary already is passed over.
+            tokens: one token, or several. Those in the vocabulary already are skipped.
 
         Returns:
             How many were added.
@@ -110,8 +110,8 @@ class SimpleTokenizer:
         new = [token for token in dict.fromkeys(tokens) if token not in self.encoder]
         self.encoder |= {token: len(self.vocab) + n for n, token in enumerate(new)}
         self.vocab += new
-        # In reverse order a token comes before those it begins with, so the longest is found. While
-        # none is added, the pattern is one that nothing can match, which regex finds out at once.
+        # In reverse order a longer token comes before one that it begins with, so the longer one is
+        # found. Without added tokens the pattern matches nothing, and regex sees this at once.
         added = sorted(map(regex.escape, self.vocab[self.end_of_text + 1 :]), reverse=True)
         self._added = regex.compile(f"{_WORD_EDGE}({'|'.join(added) or '#(?!)'}){_WORD_EDGE}")
         return len(new)
@@ -141,10 +141,10 @@ class SimpleTokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """Returns the text of `token_ids`, with one space between words.
 
-        What `encode` drops is lost: upper case, the kind and number of spaces, what was cleaned
-        away, and whether there was a space at all where letters, digits, punctuation marks and
-        endings meet: "don't 24" comes back as "don 't 2 4". Start and end tokens give no text.
-        Bytes that are not UTF-8, as when ids were cut off within a character, give U+FFFD.
+        `encode` loses upper case, the kind and number of spaces, and what it cleans. It also loses
+        whether there was a space between letters, digits, punctuation marks and endings: "don't 24"
+        comes back as "don 't 2 4". Start and end tokens give no text. Bytes that are not UTF-8 give
+        U+FFFD; they come from ids that were cut off within a character.
 
         Args:
             token_ids: ids of the vocabulary, with or without start and end tokens.
@@ -176,10 +176,10 @@ class SimpleTokenizer:
 
 
 def expand_tokens(tokenizer: SimpleTokenizer):
-    """Lets added tokens of several vectors be encoded as all of them.
+    """Makes `encode` return all ids of an added token that stands for several vectors.
 
-    Those are tokens that were added with a name such as "<cat>", and with "<cat>_1", "<cat>_2" and
-    so on: so a saved tokenizer still tells which belong together.
+    Such a token was added under several names: "<cat>", "<cat>_1", "<cat>_2" and so on. So a saved
+    tokenizer still tells which vectors belong together.
     """
     added = tokenizer.vocab[tokenizer.end_of_text + 1 :]
     ids = {token: n for n, token in enumerate(added, tokenizer.end_of_text + 1)}

@@ -1,7 +1,7 @@
 """Every number that tells one Stable Diffusion from another.
 
-Each model is built from one frozen dataclass, whose defaults are Stable Diffusion 1 as KerasCV
-builds it. KerasCV departs from the original implementation (CompVis, diffusers) in a few places;
+Each model is built from one frozen dataclass. The defaults are Stable Diffusion 1 as KerasCV builds
+it. KerasCV departs from the original implementation (CompVis, diffusers) in a few places;
 each departure is one field, and `undo_departures` sets them all:
 
 | field                         | KerasCV     | original  | what it changes                     |
@@ -38,7 +38,7 @@ class TextConfig:
 class UNetConfig:
     """The diffusion model. Reference: Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
 
-    `widths`, `heads` and `attention` have one entry a resolution level, the finest first.
+    `widths`, `heads` and `attention` have one entry for each stage, the finest first.
     """
 
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -46,7 +46,7 @@ class UNetConfig:
     attention: tuple[bool, ...] = (True, True, True, False)
     context_width: int = 768
     res_blocks: int = 2
-    in_channels: int = 4  # 9 for inpainting: latent, mask, latent of the masked picture
+    in_channels: int = 4  # 9 for inpainting: latent, mask, latent of the masked image
     out_channels: int = 4
     linear_projection: bool = False  # around each transformer: Dense, or 1x1 convolution
     groups: int = 32

@@ -18,7 +18,7 @@ class GEGLU(Block):
     """A linear layer gated by the GELU of another: `(B, T, D)` to `(B, T, width)`.
 
     Reference: Shazeer 2020, https://arxiv.org/abs/2002.05202. Both layers are one matrix, values
-    first. KerasCV takes GELU's tanh approximation, the original the exact one.
+    first. KerasCV computes GELU's tanh approximation, the original the exact one.
     """
 
     def __init__(self, width, approximate=True, **kwargs):
@@ -34,7 +34,8 @@ class GEGLU(Block):
 class SpatialTransformer(Block):
     """A transformer block over all cells of a feature map, between two projections.
 
-    Self-attention, attention to the context and GEGLU, each after LayerNorm around a shortcut.
+    Self-attention, attention to the context and GEGLU: each after LayerNorm, and each beside a
+    residual connection.
 
     Args:
         width: number of channels, of input and output alike.

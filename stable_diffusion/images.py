@@ -10,7 +10,7 @@ CENTRE = (0.5, 0.5)
 
 
 def normalize_pixels(pixels):
-    """Converts uint8 pixels to what the image encoder takes: float32 in [-1, 1]."""
+    """Converts uint8 pixels to what the image encoder expects: float32 in [-1, 1]."""
     return np.asarray(pixels, "float32") / 127.5 - 1.0
 
 

@@ -14,7 +14,7 @@ class PaddedConv2D(keras.layers.Conv2D):
     Args:
         filters: number of output channels.
         kernel_size: side of the kernel, in pixels.
-        padding: zeros around the picture: an int for all sides, or
+        padding: zeros around the feature map: an int for all sides, or
             `((top, bottom), (left, right))`.
         strides: step of the kernel, in pixels.
 

@@ -7,11 +7,11 @@ from stable_diffusion.padded_conv2d import PaddedConv2D
 
 
 class ResnetBlock(Block):
-    """Two convolutions, each after GroupNorm and swish, around a shortcut.
+    """Two convolutions, each after GroupNorm and swish, beside a residual connection.
 
-    As it stands it is the VAE's block; `conditioned`, it takes `[x, time]` and adds a projection of
-    the timestep embedding between the convolutions, as the UNet needs. The shortcut is a 1x1
-    convolution where the number of channels changes. KerasCV has a class for each kind,
+    The VAE uses it as it is. With `conditioned` it is the UNet's: it is called on `[x, time]`, and
+    adds a projection of the timestep embedding between the convolutions. The residual connection is
+    a 1x1 convolution where the number of channels changes. KerasCV has a class for each kind:
     `ResnetBlock` and `ResBlock`.
 
     Args:

@@ -222,7 +222,7 @@ class StableDiffusion:
         next_noise = make_noise_source(self._latent_shape(), batch_size, seed)
         if latent is None:
             latent = next_noise() if diffusion_noise is None else diffusion_noise
-        latent = _repeat("diffusion_noise", latent, 3, batch_size)
+        latent = _repeat("latent or diffusion_noise", latent, 3, batch_size)
 
         unet = DeepCache(self.diffusion_model, deep_cache)
 
@@ -364,7 +364,7 @@ class StableDiffusion:
         load_lora(self, path, scale)
 
     def unload_lora(self):
-        """Takes all LoRAs off again: every parameter is exactly as it was before."""
+        """Removes all LoRAs: every parameter is exactly as it was before."""
         unload_lora(self)
 
     def load_embedding(self, path, token=None):

@@ -1,7 +1,7 @@
-"""Decoding pictures too large to decode at once, in strips of rows: the same picture, no seams.
+"""Decoding images that are too large at once, in strips of rows: the same image, without seams.
 
-Decoding tiles by themselves and blending them, as is often done, gives another picture: GroupNorm's
-statistics are the tile's instead of the whole picture's, and colours shift from tile to tile (about
+Others decode tiles separately and blend them. That gives another image: GroupNorm's statistics are
+then the tile's instead of the whole image's, and colours shift from tile to tile (about
 30 dB with the embedded checkpoint). Here each layer goes over the whole feature map before the next
 begins. Convolutions take a row more at both edges of a strip, GroupNorm's statistics are collected
 from all strips first. What the backend holds at a time is a strip; the maps are in the memory of
@@ -17,18 +17,18 @@ from stable_diffusion.attention_block import AttentionBlock
 from stable_diffusion.decoder import Decoder
 from stable_diffusion.resnet_block import ResnetBlock
 
-MOST_FEATURES = 2**26  # of one picture in a map: what a picture of 512x512 pixels has
-STRIP = 2**23  # features of one picture in a strip of rows, 32 MB in float32
+MOST_FEATURES = 2**26  # of one image in a map: as many as an image of 512x512 pixels has
+STRIP = 2**23  # features of one image in a strip of rows, 32 MB in float32
 
 
 def decode_in_strips(model, latent, most=MOST_FEATURES, strip=STRIP):
     """Decodes latents.
 
     Args:
-        model: the `Decoder`, of any size. Another model decodes the whole picture at once.
+        model: the `Decoder`, of any size. Another model decodes the whole image at once.
         latent: float array `(B, h, w, 4)`.
-        most: number of features of a picture up to which a layer is computed at once.
-        strip: number of features of a picture in a strip.
+        most: a layer is computed at once for maps of up to so many features of an image.
+        strip: number of features of an image in a strip.
 
     Returns:
         float32 array `(B, H, W, 3)`.
@@ -43,9 +43,9 @@ def decode_in_strips(model, latent, most=MOST_FEATURES, strip=STRIP):
 
 
 def _largest(model):
-    """Returns the number of features of a picture in the largest map of a decoder."""
+    """Returns the number of features of an image in the largest map of a decoder."""
     _, height, width, _ = model.output_shape
-    return height * width * max(model.config.widths[:2])  # a level starts as wide as the one before
+    return height * width * max(model.config.widths[:2])  # a stage starts as wide as the one before
 
 
 def _without_gradients():
@@ -66,9 +66,9 @@ def _apply(layer, x, strip):
         scale, offset = _normalization(layer.norm2, within, strip)
 
         def second_half(within, x):
-            shortcut = layer.conv_shortcut(x) if layer.conv_shortcut else x
+            residual = layer.conv_shortcut(x) if layer.conv_shortcut else x
             x = layer.conv2(ops.silu(within * scale + offset))
-            return ops.cast(shortcut, "float32") + ops.cast(x, "float32")
+            return ops.cast(residual, "float32") + ops.cast(x, "float32")
 
         return _in_strips(second_half, [within, x], strip)
     if isinstance(layer, layers.GroupNormalization):
@@ -103,9 +103,10 @@ def _normalization(norm, x, strip):
     rows, tops = _tops([x], strip)
     counts, means, squares = [], [], []
     for top in tops:
-        part = x[:, top : top + rows]
-        mean, variance = map(_to_numpy, ops.moments(ops.convert_to_tensor(part), axes=(1, 2)))
-        counts.append(part.shape[1])
+        rows_of_x = x[:, top : top + rows]
+        moments = ops.moments(ops.convert_to_tensor(rows_of_x), axes=(1, 2))
+        mean, variance = map(_to_numpy, moments)
+        counts.append(rows_of_x.shape[1])
         means.append(mean.astype("float64"))
         squares.append(variance + means[-1] ** 2)
     mean, square = (

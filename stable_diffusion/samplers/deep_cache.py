@@ -57,6 +57,6 @@ def _cut_finest_stage(model):
     deep = model.get_layer(f"up_{stages - 2}_upsample").output
     whole = keras.Model(model.inputs, [*model.outputs, deep])
     shallow = keras.Model([*model.inputs, deep], model.outputs[0])
-    for part in (whole, shallow):
-        part.compile(jit_compile=model.jit_compile)
+    for half in (whole, shallow):
+        half.compile(jit_compile=model.jit_compile)
     return whole, shallow
