@@ -1,28 +1,13 @@
-"""What several test files use; the first two live in `scripts/compare_keras_cv.py`."""
+"""Fixtures of several test modules, and how tests are shared out. Helpers are in helpers.py."""
 
-import keras
 import pytest
-
-from stable_diffusion import StableDiffusion
-from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
-from stable_diffusion.parity import keras_cv as compare_keras_cv
-
-
-@pytest.fixture(scope="session")
-def randomize():
-    """`randomize(model_or_layer, rng)`: random biases, gammas and betas too, activations near 1."""
-    return compare_keras_cv.randomize
-
-
-@pytest.fixture(scope="session")
-def relative_error():
-    """`relative_error(a, b)`: max|a - b| / max|b|, where b is the reference."""
-    return compare_keras_cv.relative_error
 
 
 @pytest.fixture(scope="session")
 def few():
     """The `Config` of a model of few parameters, for training."""
+    from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
+
     return Config(
         TextConfig(16, 1, 2, 32),
         UNetConfig((16, 16), (2, 2), (True, False), 16, res_blocks=1, groups=8),
@@ -34,7 +19,25 @@ def few():
 @pytest.fixture(scope="session")
 def weights(few, tmp_path_factory):
     """A checkpoint of it, with random parameters."""
+    import keras
+
+    from stable_diffusion import StableDiffusion
+
     keras.utils.set_random_seed(0)
     folder = tmp_path_factory.mktemp("weights") / "few"
     StableDiffusion(jit_compile=False, weights=None, config=few).save(folder, dtype="float32")
     return folder
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m quick`, leaves files without quick tests out: importing them takes longer."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return True if "pytest.mark.quick" not in collection_path.read_text("utf-8") else None
+    return None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Two processes, but one for large tests: two full-size models fill the memory."""
+    selected = config.option.markexpr
+    return 0 if "large" in selected and "not large" not in selected else 2

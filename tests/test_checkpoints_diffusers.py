@@ -4,88 +4,29 @@ Parameters are copied, so they are compared for equality. That the layout is dif
 tests/test_diffusers_golden.py, and the last test here, which needs diffusers.
 """
 
-import gzip
 import json
 import shutil
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
+from helpers import CONFIGS, MAKE, SMALL, check_equal, random_models, write_merges
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
 from stable_diffusion import (
-    Decoder,
-    DiffusionModel,
-    ImageEncoder,
     SimpleTokenizer,
     StableDiffusion,
     TextEncoder,
 )
-from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.checkpoints.diffusers import DiffusersFolder, save_diffusers
 from stable_diffusion.config import TINY, TINY_V2, undo_departures
-from stable_diffusion.files import WEIGHTS_DIR
-
-MAKE = {
-    "text_encoder": lambda c: TextEncoder(77, config=c.text, download_weights=False),
-    "diffusion_model": lambda c: DiffusionModel(
-        c.size, c.size, 77, config=c.unet, download_weights=False
-    ),
-    "decoder": lambda c: Decoder(c.size, c.size, config=c.vae, download_weights=False),
-    "image_encoder": lambda c: ImageEncoder(config=c.vae, download_weights=False),
-}
-SMALL = replace(TINY, text=replace(TINY.text, vocab_size=600))
-THREE_LEVELS = replace(
-    undo_departures(SMALL),
-    unet=replace(
-        undo_departures(SMALL).unet,
-        widths=(16, 32, 32),
-        heads=(1, 2, 4),
-        attention=(False, True, True),
-        res_blocks=2,
-        in_channels=9,
-        cell_size=4,
-        groups=8,
-    ),
-    vae=replace(
-        undo_departures(SMALL).vae, widths=(8, 16, 16), res_blocks=2, groups=4, scaling_factor=1.0
-    ),
-    schedule=replace(
-        undo_departures(SMALL).schedule,
-        beta_schedule="linear",
-        prediction_type="v_prediction",
-        spacing="trailing",
-        train_timesteps=500,
-    ),
-)
-CONFIGS = {
-    "v1": SMALL,
-    "v2": replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600)),
-    "v2_original": undo_departures(replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600))),
-    "three_levels": THREE_LEVELS,
-}
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A tokenizer of 80 pairs, 594 tokens."""
-    with gzip.open(WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        learned = [line.strip() for line in islice(file, 1, 81)]
-    path = tmp_path_factory.mktemp("vocabulary") / "merges.txt"
-    path.write_text("\n".join(["#version: 0.2", *learned]) + "\n", encoding="utf-8")
-    return SimpleTokenizer(path)
-
-
-def random_models(config):
-    rng = np.random.default_rng(0)
-    with uninitialized():
-        models = {part: make(config) for part, make in MAKE.items()}
-    for model in models.values():
-        for variable in model.weights:
-            variable.assign(rng.normal(size=variable.shape).astype("float32"))
-    return models
+    return SimpleTokenizer(write_merges(tmp_path_factory.mktemp("vocabulary") / "merges.txt", 80))
 
 
 @pytest.fixture(scope="session")
@@ -108,12 +49,6 @@ def folder(saved, tmp_path):
 
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def check_equal(actual, expected, cast=None):
-    for a, b in zip(actual.weights, expected.weights, strict=True):
-        b = ops.cast(ops.cast(b, cast), b.dtype) if cast else b
-        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b), a.path)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -481,7 +416,7 @@ def test_arguments_of_save(tiny, tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.large
+@pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # of these libraries, about each other
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_diffusers_draws_the_same_picture(name, tmp_path):

@@ -4,13 +4,10 @@ The reference is scripts/make_lora_golden.py's: the tiny text encoder with three
 float32 unless said; errors are relative to the largest value of the reference.
 """
 
-import gzip
-from itertools import islice
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
+from helpers import DATA, GOLDEN, write_merges
 from keras import ops
 from safetensors.numpy import save_file
 
@@ -18,10 +15,8 @@ from stable_diffusion import SimpleTokenizer, StableDiffusion
 from stable_diffusion.adapters.embedding import load_embedding
 from stable_diffusion.adapters.lora import load_lora, unload_lora
 from stable_diffusion.clip_tokenizer import expand_tokens
-from stable_diffusion.files import WEIGHTS_DIR
 
-DATA = Path(__file__).parent / "data"
-GOLDEN = DATA / "lora_golden" / "embedding.safetensors"
+EMBEDDING = DATA / "lora_golden" / "embedding.safetensors"
 TOLERANCE = 5e-6  # as tests/test_diffusers_golden.py
 ROWS, D = 1000, 16  # of the tiny text encoder
 
@@ -29,16 +24,12 @@ ROWS, D = 1000, 16  # of the tiny text encoder
 @pytest.fixture(scope="session")
 def merges(tmp_path_factory):
     """A list of pairs that makes 1000 tokens."""
-    with gzip.open(WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        learned = [line.strip() for line in islice(file, 1, ROWS - 514 + 1)]
-    path = tmp_path_factory.mktemp("vocabulary") / "merges.txt"
-    path.write_text("\n".join(["#version: 0.2", *learned]) + "\n", encoding="utf-8")
-    return path
+    return write_merges(tmp_path_factory.mktemp("vocabulary") / "merges.txt", ROWS - 514)
 
 
 @pytest.fixture
 def model(merges):
-    made = StableDiffusion(weights=DATA / "diffusers_golden" / "v1", jit_compile=False)
+    made = StableDiffusion(weights=GOLDEN / "v1", jit_compile=False)
     made._tokenizer = SimpleTokenizer(merges)
     assert len(made.tokenizer.vocab) == ROWS
     return made
@@ -73,7 +64,7 @@ def refused(model, path, message, **options):
 
 
 def test_context_equals_transformers(model):
-    assert load_embedding(model, GOLDEN) == [1000, 1001, 1002]
+    assert load_embedding(model, EMBEDDING) == [1000, 1001, 1002]
     with np.load(DATA / "lora_golden.npz") as file:
         tokens, expected = file["tokens"].astype("int32"), file["embedding_context"]
     actual = numpy(model.text_encoder([tokens, np.arange(77, dtype="int32")[None]]))
@@ -83,7 +74,7 @@ def test_context_equals_transformers(model):
 
 def test_prompts_have_all_vectors(model):
     without = model.tokenizer.encode("a dog")
-    load_embedding(model, GOLDEN)
+    load_embedding(model, EMBEDDING)
     assert model.tokenizer.vocab[1000:] == ["<cat>", "<cat>_1", "<cat>_2"]
     start, *words, end = without
     ids = model.tokenizer.encode("a <cat>dog")
@@ -100,7 +91,7 @@ def test_prompts_have_all_vectors(model):
 def test_everything_else_is_as_before(model):
     old, before = model.text_encoder, model.encode_text("a dog")
     config, checkpoint, reader = model.config, model.checkpoint.config, model.checkpoint
-    load_embedding(model, GOLDEN)
+    load_embedding(model, EMBEDDING)
     new = model.text_encoder
     assert new is not old and new.name == old.name
     np.testing.assert_array_equal(model.encode_text("a dog"), before)
@@ -129,12 +120,12 @@ def test_several(model, tmp_path):
 
 
 def test_a_table_that_is_larger_than_the_vocabulary(merges, tmp_path):
-    model = StableDiffusion(weights=DATA / "diffusers_golden" / "v1", jit_compile=False)
+    model = StableDiffusion(weights=GOLDEN / "v1", jit_compile=False)
     lines = merges.read_text().splitlines()[:-5]
     (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
     model._tokenizer = SimpleTokenizer(tmp_path / "merges.txt")
     before = numpy(model.text_encoder.weights[0].value)
-    assert load_embedding(model, GOLDEN) == [995, 996, 997]
+    assert load_embedding(model, EMBEDDING) == [995, 996, 997]
     after = numpy(model.text_encoder.weights[0].value)
     assert after.shape == (ROWS, D) and model.config.text.vocab_size == ROWS
     same = np.r_[:995, 998:1000]
@@ -148,7 +139,7 @@ def test_other_policies(policy, stored, merges, tmp_path):
     before = keras.config.dtype_policy()
     try:
         keras.config.set_dtype_policy(policy)
-        model = StableDiffusion(weights=DATA / "diffusers_golden" / "v1", jit_compile=False)
+        model = StableDiffusion(weights=GOLDEN / "v1", jit_compile=False)
         old = model.text_encoder
     finally:
         keras.config.set_dtype_policy(before)
@@ -171,7 +162,7 @@ def test_a_lora_survives(model):
     load_lora(model, DATA / "lora_golden" / "attention_folder")
     with_it = model.encode_text("a dog")
     old = model.text_encoder
-    load_embedding(model, GOLDEN)
+    load_embedding(model, EMBEDDING)
     np.testing.assert_array_equal(model.encode_text("a dog"), with_it)
     unload_lora(model)
     np.testing.assert_array_equal(model.encode_text("a dog"), before)
@@ -182,7 +173,7 @@ def test_a_lora_survives(model):
 
 def test_compiled_as_the_pipeline(model):
     model.jit_compile = "auto"
-    load_embedding(model, GOLDEN)
+    load_embedding(model, EMBEDDING)
     assert model.text_encoder.compiled
     assert model.text_encoder.jit_compile == model.decoder.jit_compile
 
@@ -198,7 +189,7 @@ def test_expand_tokens(merges):
 
 
 def test_saved_and_loaded_again(model, tmp_path):
-    load_embedding(model, GOLDEN)
+    load_embedding(model, EMBEDDING)
     model.save(tmp_path / "model", dtype="float32")
     again = StableDiffusion(weights=tmp_path / "model", jit_compile=False)
     expand_tokens(again.tokenizer)
@@ -249,7 +240,7 @@ def test_files_of_something_else(model):
     ],
 )
 def test_tokens(token, message, model):
-    load_embedding(model, GOLDEN)
+    load_embedding(model, EMBEDDING)
     model.tokenizer.add_tokens("sks_3")
     refused(model, GOLDEN, message.replace("|", r"\|"), token=token)
 
@@ -262,7 +253,7 @@ def test_a_vocabulary_that_is_larger_than_the_table(model):
 def test_other_classes(model):
     model._tokenizer = object()
     with pytest.raises(ValueError, match="needs this package's TextEncoder and SimpleTokenizer"):
-        load_embedding(model, GOLDEN)
+        load_embedding(model, EMBEDDING)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt"])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import layers_of, write_legacy
 
 from stable_diffusion import Decoder, StableDiffusion
 from stable_diffusion.checkpoints import hub
@@ -247,8 +248,6 @@ def test_hub_settings_in_the_environment(server, monkeypatch, tmp_path):
 
 
 def test_pipeline_downloads_each_part_when_it_is_built(server, monkeypatch, tmp_path):
-    from test_checkpoints_kerascv import layers_of, write_legacy
-
     layers = layers_of(Decoder(64, 64, config=TINY.vae, download_weights=False))
     content = write_legacy(tmp_path / FILE, layers).read_bytes()
     publish(server, monkeypatch, content)

@@ -6,12 +6,12 @@ Parameters are copied, so they are compared for equality.
 import gzip
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
+from helpers import DATA, layers_of, write_legacy, write_names
 
 from stable_diffusion import (
     Decoder,
@@ -31,7 +31,7 @@ from stable_diffusion.checkpoints.kerascv import (
 )
 from stable_diffusion.config import COMPONENTS, SD1, SD1_INPAINTING, SD2, TINY, TINY_V2
 
-LAYOUT = Path(__file__).parent / "data" / "kerascv_h5_layout.json.gz"
+LAYOUT = DATA / "kerascv_h5_layout.json.gz"
 
 
 def tiny(part, config=TINY, vocab_size=64, name=None):
@@ -42,45 +42,6 @@ def tiny(part, config=TINY, vocab_size=64, name=None):
         "decoder": lambda: Decoder(64, 64, config=config.vae, **kwargs),
         "image_encoder": lambda: ImageEncoder(config=config.vae, **kwargs),
     }[part]()
-
-
-def layers_of(model):
-    """Returns the layers as the layout lists them, with random values in place of shapes."""
-    rng = np.random.default_rng(0)
-    return [
-        [
-            layer.name,
-            [
-                [f"{w.path}:0", rng.standard_normal(w.shape).astype("float32")]
-                for w in layer.weights
-            ],
-        ]
-        for layer in model.layers
-    ]
-
-
-def write_names(group, attribute, names, chunk):
-    if chunk is None:
-        group.attrs[attribute] = np.array([name.encode() for name in names], "S")
-    for i in range(0, len(names), chunk or len(names) + 1):
-        if chunk:
-            group.attrs[f"{attribute}{i // chunk}"] = [
-                name.encode() for name in names[i : i + chunk]
-            ]
-
-
-def write_legacy(path, layers, chunk=None, root=None, **filters):
-    """Writes Keras 2's layout; `chunk` cuts the lists of names as Keras 2 does over 64 kB."""
-    with h5py.File(path, "w") as file:
-        top = file.create_group(root) if root else file
-        top.attrs["backend"], top.attrs["keras_version"] = b"tensorflow", b"2.15.0"
-        write_names(top, "layer_names", [name for name, _ in layers], chunk)
-        for layer, tensors in layers:
-            group = top.create_group(layer)
-            write_names(group, "weight_names", [name for name, _ in tensors], chunk)
-            for name, value in tensors:
-                group.create_dataset(name, data=value, **filters)
-    return path
 
 
 def flat(layers):

@@ -2,28 +2,26 @@
 
 The reference are random adapters that peft gave to the tiny models in tests/data/diffusers_golden,
 saved with the names of each kind of file, and what torch computes with them, beside the kernels and
-merged into them (scripts/make_lora_golden.py). All is float32 unless said; errors are relative to
-the largest value of the reference. Needs none of these libraries.
+merged into them (tests/data/make_lora_golden.py). All is float32 unless said; errors are relative
+to the largest value of the reference. Needs none of these libraries.
 """
 
 import gc
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from helpers import DATA, golden_pipeline
 from keras import ops
 from safetensors.numpy import save_file
 
-from stable_diffusion import StableDiffusion
 from stable_diffusion.adapters.lora import load_lora, unload_lora
 from stable_diffusion.checkpoints.diffusers import LAYOUTS
 from stable_diffusion.noise_scheduler import timestep_embedding
 
-DATA = Path(__file__).parent / "data"
 LORA = DATA / "lora_golden"
 TOLERANCE = 5e-6  # up to 1.6e-6 is seen
 FILES = [  # adapter, files that have it together, and family
@@ -43,20 +41,6 @@ def find_variables(component, model):
     return {slot.name: slot.variable for slot in LAYOUTS[component].slots(model)}
 
 
-def pipeline(family="v1"):
-    """A pipeline with diffusers' parameters, whose tokenizer knows two prompts."""
-    made = StableDiffusion(weights=DATA / "diffusers_golden" / family, jit_compile=False)
-    made._tokenizer = Prompts()
-    return made
-
-
-class Prompts:
-    start_of_text, end_of_text = 998, 999  # of the tiny vocabulary
-
-    def encode(self, text):
-        return {"": [998, 42, 999], "prompt": [998, 5, 17, 300, 999]}[text]
-
-
 @pytest.fixture(scope="module")
 def golden():
     with np.load(DATA / "lora_golden.npz") as file:
@@ -66,7 +50,7 @@ def golden():
 @pytest.fixture(scope="module")
 def shared():
     """A pipeline for tests that leave it as it was."""
-    return pipeline()
+    return golden_pipeline("v1")
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +104,7 @@ def check_same(actual, expected):
 
 @pytest.mark.parametrize(("name", "files", "family"), FILES)
 def test_outputs_equal_peft(name, files, family, golden, shared):
-    model = shared if family == "v1" else pipeline(family)
+    model = shared if family == "v1" else golden_pipeline(family)
     for file in files:
         load_lora(model, file_of(file))
     for merged in ("", "_merged"):
@@ -200,7 +184,7 @@ def test_other_policies(policy, golden):
     before = keras.config.dtype_policy()
     try:
         keras.config.set_dtype_policy(policy)
-        model = pipeline()
+        model = golden_pipeline("v1")
         kernels = snapshot(model)
         load_lora(model, LORA / "everything_diffusers.safetensors")
         load_lora(model, LORA / "attention_folder", 0.5)
@@ -219,7 +203,7 @@ def test_sums_are_rounded_once(dtype, tmp_path):
     before = keras.config.dtype_policy()
     try:
         keras.config.set_dtype_policy(dtype)
-        model = pipeline()
+        model = golden_pipeline("v1")
     finally:
         keras.config.set_dtype_policy(before)
     old, tensors = kernel(model).astype("float32"), adapter(dtype=dtype)
@@ -229,7 +213,7 @@ def test_sums_are_rounded_once(dtype, tmp_path):
 
 
 def test_a_replaced_part_is_not_written_to(tmp_path):
-    model, path = pipeline(), save(tmp_path / "a.safetensors", adapter())
+    model, path = golden_pipeline("v1"), save(tmp_path / "a.safetensors", adapter())
     first, before = model.diffusion_model, kernel(model)
     load_lora(model, path)
     model._diffusion_model = None
@@ -244,7 +228,7 @@ def test_a_replaced_part_is_not_written_to(tmp_path):
 
 
 def test_a_part_that_is_gone_is_forgotten(tmp_path):
-    model, path = pipeline(), save(tmp_path / "a.safetensors", adapter())
+    model, path = golden_pipeline("v1"), save(tmp_path / "a.safetensors", adapter())
     load_lora(model, path)
     model._diffusion_model = None
     keras.backend.clear_session()
@@ -255,7 +239,7 @@ def test_a_part_that_is_gone_is_forgotten(tmp_path):
 
 
 def test_parts_are_built_only_if_needed(tmp_path):
-    model = pipeline()
+    model = golden_pipeline("v1")
     load_lora(model, save(tmp_path / "a.safetensors", adapter()))
     assert model._text_encoder is None and model._diffusion_model is not None
 
@@ -458,7 +442,7 @@ def test_the_first_ten_are_named(shared, tmp_path):
 
 
 def test_another_family(tmp_path):
-    model = pipeline("v2")
+    model = golden_pipeline("v2")
     refused(model, save(tmp_path / "a.safetensors", adapter(shape=(32, 32))), "2 misshapen")
 
 

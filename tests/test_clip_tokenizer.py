@@ -1,7 +1,7 @@
 """Tests of `stable_diffusion.clip_tokenizer`.
 
-The reference is OpenAI's own tokenizer: `data/clip_tokenizer_golden.json.gz` has its ids for
-thousands of strings (made by `scripts/make_tokenizer_golden.py`). Ids are compared exactly.
+The reference is OpenAI's own tokenizer: `tests/data/clip_tokenizer_golden.json.gz` has its ids for
+thousands of strings (made by `tests/data/make_tokenizer_golden.py`). Ids are compared exactly.
 """
 
 import copy
@@ -12,17 +12,17 @@ import json
 import pickle
 import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import DATA
 
 from stable_diffusion import files
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.files import WEIGHTS_DIR
 
 VOCABULARY = WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
-GOLDEN = Path(__file__).parent / "data" / "clip_tokenizer_golden.json.gz"
+GOLDEN = DATA / "clip_tokenizer_golden.json.gz"
 
 
 @pytest.fixture(scope="module")

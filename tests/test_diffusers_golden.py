@@ -1,20 +1,17 @@
 """Compares the models in the original dialect with diffusers' and transformers'.
 
-The reference are two tiny random Stable Diffusions as diffusers writes them, tests/data/
-diffusers_golden, and what diffusers computes with them (scripts/make_diffusers_golden.py). All is
-float32; errors are relative to the largest value of the reference. Needs none of these libraries.
+The reference are two tiny random Stable Diffusions as diffusers writes them, and what diffusers
+computes with them (tests/data/make_diffusers_golden.py). All is float32; errors are relative to the
+largest value of the reference. Needs none of these libraries.
 """
-
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import DATA, golden_pipeline
 from keras import Model, ops
 
-from stable_diffusion import StableDiffusion
 from stable_diffusion.noise_scheduler import timestep_embedding
 
-FOLDER = Path(__file__).parent / "data" / "diffusers_golden"
 TOLERANCE = 5e-6  # of one model; up to 1.6e-6 is seen
 TRAJECTORY_TOLERANCE = 1e-5  # of four steps with guidance; 2.5e-6 is seen
 
@@ -24,15 +21,9 @@ class Golden:
 
     def __init__(self, family):
         self.family = family
-        self.pipeline = StableDiffusion(weights=FOLDER / family, jit_compile=False)
-        self.pipeline._tokenizer = self
-        with np.load(FOLDER.with_name(f"{FOLDER.name}_{family}.npz")) as file:
+        self.pipeline = golden_pipeline(family)
+        with np.load(DATA / f"diffusers_golden_{family}.npz") as file:
             self.data = dict(file)
-
-    start_of_text, end_of_text = 998, 999  # of the tiny vocabulary; this is the tokenizer, too
-
-    def encode(self, text):
-        return {"": [998, 42, 999], "prompt": [998, 5, 17, 300, 999]}[text]
 
     def __getitem__(self, name):
         return self.data[name]

@@ -6,10 +6,10 @@ computes coefficients in float32, where UniPC's lose digits to cancellation.
 """
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import DATA
 
 from stable_diffusion import NoiseScheduler
 from stable_diffusion.noise_scheduler import NoiseLevel, Sampler, split_prediction
@@ -24,8 +24,7 @@ STEPS = (1, 2, 3, 7, 20)
 
 @pytest.fixture(scope="module")
 def golden():
-    path = Path(__file__).parent / "data" / "sampler_golden.npz"
-    with np.load(path) as file:
+    with np.load(DATA / "sampler_golden.npz") as file:
         return dict(file)
 
 

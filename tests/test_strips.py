@@ -8,6 +8,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from helpers import randomize
 
 from stable_diffusion import Decoder, StableDiffusion, strips
 from stable_diffusion.config import TINY
@@ -18,7 +19,7 @@ H, W = 64, 48  # pixels
 
 
 @pytest.fixture(scope="module")
-def decoder(randomize):
+def decoder():
     model = Decoder(H, W, download_weights=False, config=TINY.vae)
     model.compile(jit_compile=JIT)
     randomize(model, np.random.default_rng(0))

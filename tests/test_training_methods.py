@@ -7,6 +7,7 @@ roundings of float32: 1e-5 of the largest value.
 import keras
 import numpy as np
 import pytest
+from helpers import relative_error
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -105,7 +106,7 @@ def test_full_trains_all_or_cross_attention_alone(pipeline, weights, pictures, t
 
 
 @pytest.mark.parametrize("targets, keys", [("attention", "kohya"), ("all", "diffusers")])
-def test_lora(targets, keys, weights, pictures, tmp_path, relative_error):
+def test_lora(targets, keys, weights, pictures, tmp_path):
     keras.utils.set_random_seed(0)
     pipeline = StableDiffusion(jit_compile=False, weights=weights)
     unet = pipeline.diffusion_model
@@ -306,10 +307,10 @@ def test_memory_is_counted():
     assert memory["optimizer"] == 2 * 4 * 12
 
 
-@pytest.mark.large
+@pytest.mark.torch
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_runs_what_was_trained(few, keys, pictures, tmp_path, relative_error):
+def test_diffusers_runs_what_was_trained(few, keys, pictures, tmp_path):
     """Its pipeline loads the LoRA and the new word, and predicts the same."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     keras.utils.set_random_seed(0)

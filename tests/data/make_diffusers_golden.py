@@ -1,7 +1,7 @@
 """Makes what tests/test_diffusers_golden.py compares with: outputs of diffusers' own models.
 
     pip install torch diffusers transformers
-    python scripts/make_diffusers_golden.py
+    python tests/data/make_diffusers_golden.py
 
 Two tiny Stable Diffusions with random parameters, one as version 1 and one as version 2, are run
 by diffusers and transformers in float32 on a CPU. Their folders go to tests/data/diffusers_golden,
@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-FOLDER = Path(__file__).parents[1] / "tests" / "data" / "diffusers_golden"
+FOLDER = Path(__file__).parent / "diffusers_golden"
 START, END, LENGTH = 998, 999, 77  # the tiny vocabulary is 1000 tokens
 PROMPT, NEGATIVE = [START, 5, 17, 300, END], [START, 42, END]
 GUIDANCE, STEPS = 7.5, 4

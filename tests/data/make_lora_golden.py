@@ -1,7 +1,7 @@
 """Makes what tests/test_checkpoints_lora.py compares with: LoRAs as other libraries run them.
 
     pip install torch diffusers transformers peft
-    python scripts/make_lora_golden.py
+    python tests/data/make_lora_golden.py
 
 Random adapters are given by peft to the tiny Stable Diffusions in tests/data/diffusers_golden, and
 saved to tests/data/lora_golden with the names of each kind of file. The outputs, of the models with
@@ -24,7 +24,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-DATA = Path(__file__).parents[1] / "tests" / "data"
+DATA = Path(__file__).parent
 GUIDANCE, STEPS, TOKEN, VECTORS = 7.5, 4, "<cat>", 3
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

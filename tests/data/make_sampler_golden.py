@@ -1,7 +1,7 @@
 """Makes what tests/test_samplers.py compares with: the steps of diffusers' own schedulers.
 
     pip install torch diffusers
-    python scripts/make_sampler_golden.py
+    python tests/data/make_sampler_golden.py
 
 Each scheduler follows a "model" that is a formula, so that the tests need neither torch nor
 parameters. The steps go to tests/data/sampler_golden.npz.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-FILE = Path(__file__).parents[1] / "tests" / "data" / "sampler_golden.npz"
+FILE = Path(__file__).parent / "sampler_golden.npz"
 SAMPLERS = {
     "ddim": DDIMScheduler,
     "dpmpp-2m": DPMSolverMultistepScheduler,

@@ -4,7 +4,7 @@ The tests compare `stable_diffusion.clip_tokenizer` with them. The original can 
 of the tests, because every package that has it needs PyTorch. Get the file from there, with ftfy
 and regex installed, and run
 
-    python scripts/make_tokenizer_golden.py path/to/clip/simple_tokenizer.py
+    python tests/data/make_tokenizer_golden.py path/to/clip/simple_tokenizer.py
 
 The fuzzed strings hold no lone surrogates (UTF-8 has none) and no characters newer than Unicode
 3.2, so that all versions of Python, regex and ftfy agree about them. Made with ftfy 6.3.1.
@@ -21,9 +21,9 @@ import random
 import unicodedata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = ROOT / "weights" / "bpe_simple_vocab_16e6.txt.gz"
-OUTPUT = ROOT / "tests" / "data" / "clip_tokenizer_golden.json.gz"
+DATA = Path(__file__).resolve().parent
+VOCABULARY = DATA.parents[1] / "weights" / "bpe_simple_vocab_16e6.txt.gz"
+OUTPUT = DATA / "clip_tokenizer_golden.json.gz"
 
 HARD = [
     "",

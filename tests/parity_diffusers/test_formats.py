@@ -11,6 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from helpers import relative_error
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
 from stable_diffusion.checkpoints.diffusers_config import config_files, write_files
@@ -24,7 +25,7 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 from make_diffusers_golden import randomize  # noqa: E402  needs the above
 
 pytestmark = [
-    pytest.mark.large,
+    pytest.mark.torch,
     pytest.mark.filterwarnings("default"),  # of these libraries, about each other
 ]
 
@@ -154,7 +155,7 @@ def noise(*shape, seed=0):
 
 
 @torch.no_grad()
-def compare_models(theirs, ours, relative_error, size=64):
+def compare_models(theirs, ours, size=64):
     """Compares the output of each part on the same random input."""
     context = encode(theirs, PROMPT)
     assert relative_error(ours.encode_text(PROMPT), context.numpy()) <= TOLERANCE
@@ -226,9 +227,9 @@ def check_same(ours, theirs):
     assert np.abs(ours.astype(int) - theirs).max() <= LEVELS
 
 
-def test_models_of_diffusers(made, relative_error):
+def test_models_of_diffusers(made):
     theirs, folder = made
-    compare_models(theirs, StableDiffusion(jit_compile=False, weights=folder), relative_error)
+    compare_models(theirs, StableDiffusion(jit_compile=False, weights=folder))
 
 
 def test_pictures_of_diffusers(made):
@@ -303,8 +304,9 @@ FULL = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("version", FULL)
-def test_full_size(version, tmp_path, relative_error):
+def test_full_size(version, tmp_path):
     """As published, from a folder of shards and from one file in the original layout; 13 GB."""
     text, unet = FULL[version]
     generator = torch.Generator().manual_seed(0)
@@ -345,10 +347,10 @@ def test_full_size(version, tmp_path, relative_error):
     theirs.save_pretrained(tmp_path / "model", safe_serialization=True, max_shard_size="1GB")
     assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > 1
     ours = StableDiffusion(64, 64, jit_compile=False, weights=tmp_path / "model")
-    compare_models(theirs, ours, relative_error)
+    compare_models(theirs, ours)
     shutil.rmtree(tmp_path / "model")
     ours.save(tmp_path / "x.safetensors", "original", "float16")
     del ours
     gc.collect()
     ours = StableDiffusion(64, 64, jit_compile=False, weights=tmp_path / "x.safetensors")
-    compare_models(theirs, ours, relative_error)
+    compare_models(theirs, ours)
