@@ -1,4 +1,4 @@
-"""What several test files use; the first two live in `scripts/compare_keras_cv.py`."""
+"""What several test files use; the first two live in `stable_diffusion.parity.keras_cv`."""
 
 import keras
 import pytest
