@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from helpers import check_equal, random_models
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
