@@ -31,7 +31,7 @@ QUICK_FILES = [  # until tests have the marker
     "tests/test_noise_scheduler.py",
     "tests/test_config.py",
     "tests/test_code_lines.py",
-    "tests/test_training_pictures.py",
+    "tests/test_training_folder.py",
     "tests/test_attention_block.py",
     "tests/command/test_arguments.py",
     "tests/command/test_convert.py",

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import train_emoji as script
 from stable_diffusion import Decoder, ImageEncoder, SimpleTokenizer, StableDiffusion
 from stable_diffusion.checkpoints import open_checkpoint
-from stable_diffusion.command.generate import get_unseen
+from stable_diffusion.command.generate import find_unseen_words
 from stable_diffusion.config import TextConfig
 from stable_diffusion.files import WEIGHTS_DIR
 
@@ -181,8 +181,8 @@ def test_training_goes_on_where_it_was_killed(train, pictures, monkeypatch, tmp_
 
     assert (out / "subjects.txt").read_text().splitlines() == NAMES[:1]
     captions = train.emoji.captions("red apple", "blue", "small", "left")
-    assert get_unseen(open_checkpoint(out), captions) == []
-    assert get_unseen(open_checkpoint(out), ["a horse on blue"]) == ["horse"]
+    assert find_unseen_words(open_checkpoint(out), captions) == []
+    assert find_unseen_words(open_checkpoint(out), ["a horse on blue"]) == ["horse"]
     files = {path.name for path in (tmp_path / "killed").rglob("*")}
     assert "epoch_002.png" in files
     assert not any(name.startswith("next.") or name.endswith(".tmp") for name in files)
