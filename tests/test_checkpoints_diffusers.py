@@ -283,7 +283,7 @@ def test_activations_and_heads(folder):
         ("unet/config.json", "use_linear_projection", "yes", "of type bool"),
         ("unet/config.json", "sample_size", [8, 8], "a positive int"),
         ("unet/config.json", "down_block_types", ["DownBlock2D", "AttnDownBlock2D"], "2 of 'Cr"),
-        ("unet/config.json", "up_block_types", ["UpBlock2D", "UpBlock2D"], "to match down_block_types"),
+        ("unet/config.json", "up_block_types", ["UpBlock2D", "UpBlock2D"], "to match down_block"),
         ("vae/config.json", "shift_factor", 0.1, "None"),
         ("vae/config.json", "scaling_factor", "0.18", "a number"),
         ("vae/config.json", "up_block_types", ["UpDecoderBlock2D"], "'UpDecoderBlock2D', 'UpDeco"),

@@ -418,7 +418,7 @@ def test_arguments_of_save(tmp_path):
         pipeline.save(tmp_path / "x", "pickle")
     with pytest.raises(ValueError, match="dtype must be one of float32, .*, not 'int8'"):
         pipeline.save(tmp_path / "x", dtype="int8")
-    with pytest.raises(ValueError, match="keras format has the dtype of the models, float32; .* not 'fl"):
+    with pytest.raises(ValueError, match="keras format has the dtype of the models, float32"):
         pipeline.save(tmp_path / "x", "keras", "float16")
     assert not list(tmp_path.iterdir())
 
@@ -453,7 +453,7 @@ def test_a_pickle_is_never_run(tmp_path):
 def test_torch_file_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     write_ckpt(tmp_path / "x.ckpt", {})
-    with pytest.raises(ValueError, match="x.ckpt is a PyTorch file.*stable-diffusion-convert x.ckpt"):
+    with pytest.raises(ValueError, match="x.ckpt is a PyTorch.*stable-diffusion-convert x.ckpt"):
         StableDiffusion(weights=tmp_path / "x.ckpt")
 
 

@@ -64,7 +64,7 @@ FORMATS = {  # `open_checkpoint` tries them in this order
         NEEDED,
     ),
     "keras": Format(
-        "a folder of Keras 3's .weights.h5 files",
+        "a folder of Keras 3's .weights.h5",
         KerasCVFolder.recognize,  # also recognizes the next format
         lambda path, config, ema: KerasCVFolder(path, config),
         save_keras,
