@@ -27,6 +27,7 @@ FOLDERS = {  # component: subfolder of its config and parameters
     "decoder": "vae",
     "image_encoder": "vae",
 }
+CONFIG_FOLDER = "config"  # subfolder of these files in folders of other formats
 CONFIGS = (
     "text_encoder/config.json",
     "unet/config.json",

@@ -21,6 +21,7 @@ import h5py
 from keras import ops
 
 from stable_diffusion.checkpoints.diffusers_config import (
+    CONFIG_FOLDER,
     drop_index,
     make_config_files,
     read_config,
@@ -46,7 +47,6 @@ V2_FILES = V1_FILES | {  # the VAE is the same
     "diffusion_model": "diffusion_model_v2_1.h5",
 }
 KERAS_FILES = {component: f"{component}.weights.h5" for component in COMPONENTS}
-CONFIG = "config"  # subfolder of the config files
 
 
 class Preset(NamedTuple):
@@ -159,16 +159,16 @@ class KerasCVFolder(KerasCVFiles):
         }
         v2 = has["2"] if has["1"] != has["2"] else config.unet.linear_projection
         self.files = KERAS_FILES if has["keras"] else V2_FILES if v2 else V1_FILES
-        self.configs = read_config_files(self.folder / CONFIG)
+        self.configs = read_config_files(self.folder / CONFIG_FOLDER)
         if self.configs:
-            config = read_config(self.folder / CONFIG, self.configs)
+            config = read_config(self.folder / CONFIG_FOLDER, self.configs)
         elif config in (SD1, SD2) and not has["keras"]:
             config = SD2 if v2 else SD1
         super().__init__(config)
 
     def tokenizer(self):
         """Returns the tokenizer in the subfolder `config`, or CLIP's if there is none."""
-        return read_tokenizer(self.folder / CONFIG, self.configs, self.config.text)
+        return read_tokenizer(self.folder / CONFIG_FOLDER, self.configs, self.config.text)
 
     def find_component(self, component):
         path = self.folder / self.files[component]
@@ -212,9 +212,9 @@ def _save_folder(folder, config, models, tokenizer, dtype, format):
             f"not {dtype!r}."
         )
     names = V2_FILES if config.unet.linear_projection else V1_FILES
-    with replace_folder(folder, CONFIG) as written:
+    with replace_folder(folder, CONFIG_FOLDER) as written:
         files = make_config_files(config, models, tokenizer or SimpleTokenizer())
-        write_config_files(written / CONFIG, drop_index(files))
+        write_config_files(written / CONFIG_FOLDER, drop_index(files))
         for component, model in models.items():
             if format == "kerascv":
                 save_legacy(model, written / names[component])
@@ -291,11 +291,10 @@ def _compare_shapes(model, path):
     ours = [tuple(variable.shape) for variable in model.weights]
     missing, unused = Counter(ours) - Counter(shapes), Counter(shapes) - Counter(ours)
     if missing or unused:
-        listed = [
-            f"{sum(counter.values())} {kind} ({', '.join(map(str, islice(counter, 10)))})"
-            for kind, counter in {"missing": missing, "unused": unused}.items()
-            if counter
-        ]
+        listed = []
+        for kind, counter in {"missing": missing, "unused": unused}.items():
+            some = ", ".join(map(str, islice(counter, MAX_DIFFERENCES)))
+            listed += [f"{sum(counter.values())} {kind} ({some})"] if counter else []
         raise ValueError(
             f"{path} doesn't fit the model {model.name!r}, which is unchanged. It has "
             f"{len(shapes)} tensors, the model {len(ours)}; by shape {'; '.join(listed)}."
@@ -326,8 +325,8 @@ def load_legacy(model, path):
     The number of layers, the number of tensors in each layer and all shapes are compared with the
     model before the first parameter is assigned. So a file of another model leaves the model
     unchanged. Tensors are read one at a time. If reading fails midway, the parameters that were
-    assigned already are filled with NaN, so that nobody uses a model of which only a half was
-    loaded. To restore them would need twice the memory.
+    assigned already are filled with NaN, so that nobody uses a half-loaded model by mistake. To
+    restore them would need twice the memory.
 
     Args:
         model: a built Keras model.

@@ -19,6 +19,7 @@ import numpy as np
 from keras import ops
 
 from stable_diffusion.checkpoints.diffusers_config import (
+    CONFIG_FOLDER,
     drop_index,
     make_config_files,
     read_config,
@@ -30,7 +31,6 @@ from stable_diffusion.checkpoints.reader import Reader, loaded_models
 from stable_diffusion.checkpoints.tensors import check_dtype
 from stable_diffusion.files import replace_folder
 
-CONFIG = "config"  # subfolder of the config files
 NEEDED = ("text_encoder", "diffusion_model", "decoder")  # the components that generate images
 
 
@@ -115,12 +115,12 @@ class OpenVINOFolder(Reader):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.files = read_config_files(self.folder / CONFIG)
-        super().__init__(read_config(self.folder / CONFIG, self.files))
+        self.files = read_config_files(self.folder / CONFIG_FOLDER)
+        super().__init__(read_config(self.folder / CONFIG_FOLDER, self.files))
 
     def tokenizer(self):
         """Returns the tokenizer in the subfolder `config`, or CLIP's if there is none."""
-        return read_tokenizer(self.folder / CONFIG, self.files, self.config.text)
+        return read_tokenizer(self.folder / CONFIG_FOLDER, self.files, self.config.text)
 
     def build(self, component, make):
         """Returns the `CompiledModel` of a component."""
@@ -161,10 +161,10 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
     can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     dtype = dtype or ("bfloat16" if "BF16" in can else "float16")
 
-    with replace_folder(folder, CONFIG) as written:
+    with replace_folder(folder, CONFIG_FOLDER) as written:
         size = models["decoder"].output_shape[1]
         files = make_config_files(replace(config, size=size), models, tokenizer)
-        write_config_files(written / CONFIG, drop_index(files))
+        write_config_files(written / CONFIG_FOLDER, drop_index(files))
         for component in NEEDED:
             graph, path = _trace_graph(models[component]), written / f"{component}.xml"
             if dtype == "bfloat16":

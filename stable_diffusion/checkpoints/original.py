@@ -356,16 +356,16 @@ def _read_metadata(source):
 
 def _find_prediction_type(source, path):
     """Returns what the diffusion model predicts: from the metadata, a marker or a .yaml file."""
-    said = source.metadata.get("modelspec.predict_key", "")
-    said = source.metadata.get("modelspec.prediction_type", said)
+    found = source.metadata.get("modelspec.predict_key", "")
+    found = source.metadata.get("modelspec.prediction_type", found)
     if any(key in source.shapes for key in V_KEYS):
-        said = "v"
+        found = "v"
     beside = path.with_suffix(".yaml")
     if beside.is_file():
         text = beside.read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE):
-            said = match[1]
-    return "v_prediction" if said.startswith("v") else "epsilon"
+            found = match[1]
+    return "v_prediction" if found.startswith("v") else "epsilon"
 
 
 def _name_average(name):

@@ -203,8 +203,8 @@ def load_tensors(component, slots, source, layout):
 
     Raises:
         ValueError: names or shapes differ; the model is unchanged then. Or a tensor could not be
-            read after all; then all parameters are filled with NaN, so that nobody uses a model of
-            which only a half was loaded. The message names the file and lists what differs.
+            read after all; then all parameters are filled with NaN, so that nobody uses a
+            half-loaded model by mistake. The message names the file and lists what differs.
     """
     slots = [slot._replace(name=_find_name(slot.name, source.shapes, layout)) for slot in slots]
     _compare_tensors(component, slots, source, layout)
@@ -234,7 +234,7 @@ def load_tensors(component, slots, source, layout):
 
 
 def fill_with_nan(variables):
-    """Fills variables with NaN, so that nobody uses a model of which only a half was loaded."""
+    """Fills variables with NaN, so that nobody uses a half-loaded model by mistake."""
     for variable in variables:
         variable.assign(ops.full(variable.shape, float("nan"), variable.dtype))
 
@@ -304,12 +304,12 @@ def summarize_problems(problems):
     Args:
         problems: dict from the kind of problem to a list of names.
     """
-    parts = []
+    phrases = []
     for kind, names in problems.items():
         if names:
             more = ", ..." if len(names) > MAX_NAMES else ""
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:MAX_NAMES])}{more})")
-    return "; ".join(parts) + "."
+            phrases.append(f"{len(names)} {kind} ({', '.join(names[:MAX_NAMES])}{more})")
+    return "; ".join(phrases) + "."
 
 
 def guess_family(names):
