@@ -38,7 +38,7 @@ KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 def find_variables(component, model):
     """Returns the variables of a model by diffusers' names of them."""
-    return {slot.name: slot.variable for slot in LAYOUTS[component].slots(model)}
+    return {slot.name: slot.variable for slot in LAYOUTS[component].find_slots(model)}
 
 
 @pytest.fixture(scope="module")
@@ -475,10 +475,10 @@ def test_a_file_that_becomes_unreadable(shared, tmp_path, monkeypatch):
     path = save(tmp_path / "a.safetensors", tensors)
     from stable_diffusion.checkpoints.tensors import SafetensorsFiles
 
-    read, last = SafetensorsFiles.read, f"{KEY}.lora_B.weight"
+    read, last = SafetensorsFiles.read_tensor, f"{KEY}.lora_B.weight"
     monkeypatch.setattr(
         SafetensorsFiles,
-        "read",
+        "read_tensor",
         lambda file, name: read(file, name) if name != last else open(tmp_path / "missing"),
     )
     refused(shared, path, rf"{last} in .*a\.safetensors can't be read: .*missing")
