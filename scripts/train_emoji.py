@@ -37,12 +37,11 @@ from PIL import Image
 
 import emoji_data as emoji
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
-from stable_diffusion.command.generate import split_words
 from stable_diffusion.checkpoints import open_checkpoint
-from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers
-from stable_diffusion.config import undo_departures
 from stable_diffusion.clip_tokenizer import NUM_PAIRS, WEIGHTS_DIR
+from stable_diffusion.command.generate import split_words
+from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig, undo_departures
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 SIZE = 128  # pixels, 16x16 latent cells
