@@ -51,7 +51,7 @@ _MODULES = {  # names that are imported when they are first used, so that `--hel
     "StableDiffusionV2": "stable_diffusion",
     "TextEncoder": "text_encoder",
     "TextEncoderV2": "text_encoder",
-    **{name: None for name in ("adapters", "checkpoints", "config", "samplers", "training")},
+    **dict.fromkeys(("adapters", "checkpoints", "config", "parity", "samplers", "training")),
 }
 __all__ = ["__version__", *_MODULES]
 

@@ -42,9 +42,7 @@ class Decoder(Pretrained, Sequential):
                 ],
                 name=name,
             )
-        self.config = c
-        if download_weights:
-            self.load_published()
+        self.finish(c, download_weights)
 
 
 def middle_layers(c):

@@ -117,9 +117,7 @@ class DiffusionModel(Pretrained, keras.Model):
             time = keras.Input((c.widths[0],), name="timestep_embedding")
             latent = keras.Input((h, w, c.in_channels), name="latent")
             super().__init__([latent, time, context], _unet(c, latent, time, context), name=name)
-        self.config = c
-        if download_weights:
-            self.load_published()
+        self.finish(c, download_weights)
 
 
 class DiffusionModelV2(DiffusionModel):

@@ -46,9 +46,7 @@ class ImageEncoder(Pretrained, Sequential):
                 ],
                 name=name,
             )
-        self.config = c
-        if download_weights:
-            self.load_published()
+        self.finish(c, download_weights)
 
 
 def encode_moments(encoder, images):

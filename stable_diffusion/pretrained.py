@@ -15,9 +15,16 @@ class Pretrained:
 
     default_config = published = None
 
-    def load_published(self):
-        """Loads the published parameters, downloaded on first use."""
-        self.load_weights(download_published(self.published))
+    def finish(self, config, download_weights):
+        """Ends a constructor: keeps the config, and loads the published parameters if asked to.
+
+        Args:
+            config: what the model was built from.
+            download_weights: whether to load the parameters; they are downloaded on first use.
+        """
+        self.config = config
+        if download_weights:
+            self.load_weights(download_published(self.published))
 
     def load_weights(self, filepath, **kwargs):
         """Loads parameters from KerasCV's .h5 (Keras 2 legacy) or Keras 3's .weights.h5.

@@ -82,9 +82,7 @@ class TextEncoder(Pretrained, keras.Model):
                 x = CLIPEncoderLayer(c.width, c.heads, c.hidden, c.activation, name=f"layer_{i}")(x)
             x = layers.LayerNormalization(epsilon=1e-5, name="final_layer_norm")(x)
             super().__init__([tokens, positions], x, name=name)
-        self.config = c
-        if download_weights:
-            self.load_published()
+        self.finish(c, download_weights)
 
 
 class TextEncoderV2(TextEncoder):

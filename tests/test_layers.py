@@ -5,6 +5,7 @@ of the package itself, which would reach any module, and circles among siblings.
 """
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -104,10 +105,12 @@ def read_table():
 
 @pytest.mark.parametrize("name", read_table())
 def test_public_names_are_there(name):
-    found, *rest = name.split(".")
-    found = getattr(stable_diffusion, found)
-    for attribute in rest:
-        if attribute in ("config", "checkpoint"):  # of an instance
+    found, holder = stable_diffusion, PACKAGE
+    for attribute in name.split("."):
+        holder = f"{holder}.{attribute}"
+        if holder in map(name_of, MODULES) and not hasattr(found, attribute):
+            importlib.import_module(holder)
+        if isinstance(found, type) and attribute in ("config", "checkpoint"):  # of an instance
             found = found(weights=None, jit_compile=False)
         found = getattr(found, attribute)
     assert found is not None

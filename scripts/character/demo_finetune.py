@@ -1,20 +1,20 @@
-"""Teaches the embedded checkpoint a new character by each method of finetune.py, and measures it.
+"""Teaches the embedded checkpoint a new character by each method of fine-tuning, and measures it.
 
     python scripts/emoji_data.py --out emoji.npz
-    python scripts/demo_finetune.py --work runs/finetune --data emoji.npz --picture methods.png
+    python scripts/character/demo_finetune.py --work runs --data emoji.npz --picture out.png
 
-draw_character.py draws the pictures of the character. Each method is one run of finetune.py, in a
-process of its own so that its peak memory can be told. Then the checkpoint before and after draws
-the character on each background from the same seeds.
+draw_character.py draws the images of the character. Each method is one run of the command
+stable-diffusion-finetune, as a process of its own, so that its peak memory can be read. Then the
+checkpoint before and after training generates the character on each background from the same seeds.
 
-distance: of each drawn picture to the nearest training picture, as root mean square of the
-difference of pixels at 32x32, in levels of 0 to 255; the mean of all drawn pictures. What it can be
-at best is the distance of training pictures to each other.
+distance: from each generated image to the nearest training image, as root mean square of the
+difference of pixels at 32x32, in levels of 0 to 255; the mean over all generated images. For
+comparison, the first row is the distance of training images from each other.
 
-With --data, pairs of subject and background are drawn, too, and judged as evaluate_emoji.py does:
-how much of what the checkpoint knew is left. Without it, this part is left out.
+With --data, pairs of subject and background are generated, too, and judged as evaluate_emoji.py
+does: this shows how much of its earlier knowledge the checkpoint still has.
 
-In comments on shapes, N is the number of pictures.
+In comments on shapes, N is the number of images.
 """
 
 import argparse
@@ -25,25 +25,25 @@ import sys
 import time
 from pathlib import Path
 
+import draw_character
 import numpy as np
 from PIL import Image
 
-import draw_character
+sys.path.append(str(Path(__file__).parents[1]))
 import emoji_data as emoji
 import evaluate_emoji as evaluation
 
-HERE = Path(__file__).parent
 NAME, TOKEN, WORD = "blip", "<blip>", "frog"
-STEPS, GUIDANCE, SEEDS = 30, 3.0, (0, 1)  # of the pictures that are drawn
+STEPS, GUIDANCE, SEEDS = 30, 3.0, (0, 1)  # of the generated images
 THUMBNAIL = 32  # pixels
-CLASS_SUBJECTS, CLASS_PICTURES = 48, 64
+CLASS_SUBJECTS, CLASS_IMAGES = 48, 64
 PAIRS = 48  # of subject and background
-COLUMNS = 8  # pictures of each method that are shown
-BATCH = 16  # pictures drawn at once
+COLUMNS = 8  # images of each method that are shown
+BATCH = 16  # images generated at once
 MIB = 2**20
 COMMON = ["--dropout", "0.1", "--schedule", "cosine", "--warmup", "20", "--save-every", "100000"]
 COMMON += ["--save-dtype", "float16"]  # as the checkpoint's own files are
-METHODS = {  # name to arguments of finetune.py, without the class prompts of DreamBooth
+METHODS = {  # name: arguments of stable-diffusion-finetune, but the class prompts of DreamBooth
     "full": ["--method", "full", "--rate", "3e-4", "--steps", "150"],
     "cross-attention": [
         *("--method", "full", "--parameters", "cross-attention"),
@@ -65,8 +65,8 @@ METHODS = {  # name to arguments of finetune.py, without the class prompts of Dr
 }
 
 
-def run(command):
-    """Runs a command; returns its peak memory in bytes and how many seconds it took.
+def run_measured(command):
+    """Runs a command; returns its peak memory in bytes and the seconds that it needed.
 
     Raises:
         ValueError: it failed.
@@ -80,23 +80,21 @@ def run(command):
     return usage.ru_maxrss * 1024, time.perf_counter() - begun
 
 
-def thumbnails(pictures):
-    """Shrinks pictures by averaging: uint8 `(N, H, W, 3)` to float `(N, 32 * 32 * 3)`."""
-    count, height, width, _ = pictures.shape
-    blocks = pictures.reshape(
-        count, THUMBNAIL, height // THUMBNAIL, THUMBNAIL, width // THUMBNAIL, 3
-    )
+def shrink(images):
+    """Shrinks images by averaging: uint8 `(N, H, W, 3)` to float `(N, 32 * 32 * 3)`."""
+    count, height, width, _ = images.shape
+    blocks = images.reshape(count, THUMBNAIL, height // THUMBNAIL, THUMBNAIL, width // THUMBNAIL, 3)
     return blocks.mean((2, 4)).reshape(count, -1)
 
 
-def distances(some, others):
+def measure_distances(some, others):
     """Returns the distance of each of `some` from each of `others`, `(N, M)`."""
-    some, others = thumbnails(some), thumbnails(others)
+    some, others = shrink(some), shrink(others)
     return np.sqrt(np.mean((some[:, None] - others) ** 2, axis=-1))
 
 
-def draw(pipeline, prompts, seeds):
-    """Draws a picture of each prompt, uint8 `(N, H, W, 3)`."""
+def generate(pipeline, prompts, seeds):
+    """Generates an image of each prompt, uint8 `(N, H, W, 3)`."""
     batches = [
         pipeline.text_to_image(
             prompts[start : start + BATCH],
@@ -111,7 +109,7 @@ def draw(pipeline, prompts, seeds):
 
 
 def open_result(weights, out):
-    """Returns the pipeline with what was trained."""
+    """Returns the pipeline with the result of training; `out` None is the one before."""
     from stable_diffusion import StableDiffusion
 
     if out is None:
@@ -126,8 +124,8 @@ def open_result(weights, out):
     return pipeline
 
 
-class Knowledge:
-    """Judges what a checkpoint knows of the subjects that it was trained on.
+class Judge:
+    """Judges how much a checkpoint knows about the subjects that it was trained on.
 
     Args:
         data: path of what emoji_data.py wrote, or None for no judgement.
@@ -142,15 +140,16 @@ class Knowledge:
             colours = [colour for _, colour in self.pairs]
             self.references = evaluation.draw_references(pictures, colours)
 
-    def __call__(self, pipeline):
+    def judge(self, pipeline):
+        """Returns the shares of right subjects and backgrounds in percent, a dict."""
         if not self.pairs:
             return {}
         prompts = [emoji.caption(self.subjects[n], c) for n, c in self.pairs]
-        drawn = draw(pipeline, prompts, list(range(len(prompts))))
-        return evaluation.score(drawn, self.pairs, self.references)
+        images = generate(pipeline, prompts, list(range(len(prompts))))
+        return evaluation.score(images, self.pairs, self.references)
 
 
-def class_prompts(folder, backgrounds):
+def list_class_prompts(folder, backgrounds):
     """Returns prompts of subjects that the checkpoint knows, evenly chosen from its list."""
     subjects = (folder / "subjects.txt").read_text("utf-8").splitlines()
     chosen = np.linspace(0, len(subjects) - 1, min(CLASS_SUBJECTS, len(subjects))).astype(int)
@@ -161,30 +160,30 @@ def class_prompts(folder, backgrounds):
 
 
 def teach(name, args, folder, backgrounds):
-    """Trains by a method; returns its result's path and what the run took.
+    """Trains by a method; returns the path of the result, and a dict of what the run needed.
 
     Args:
         name: key of `METHODS`.
-        args: the command line's.
-        folder: of the checkpoint.
+        args: arguments of the command line.
+        folder: the checkpoint's.
         backgrounds: names of colours.
     """
-    options, slug = METHODS[name], name.replace(", ", "-").replace(" ", "-")
+    options, prompts = METHODS[name], []
+    slug = name.replace(", ", "-").replace(" ", "-")
     single = "lora" in options or "textual-inversion" in options
     out = args.work / (f"{slug}.safetensors" if single else slug)
-    pictures = args.work / ("token" if "textual-inversion" in options else "pictures")
-    command = [sys.executable, HERE / "finetune.py", pictures, "--out", out, *COMMON, *options]
+    images = args.work / ("token" if "textual-inversion" in options else "images")
+    command = [sys.executable, "-m", "stable_diffusion.command.finetune", images]
+    command += ["--out", out, *COMMON, *options]
     command += ["--weights", args.weights, "--cache", args.work / "cache", "--restart"]
     if "dreambooth" in options and "--prior-weight" not in options:
-        command += [f"--class-pictures={CLASS_PICTURES}"]
-        command += [f"--class-prompt={prompt}" for prompt in class_prompts(folder, backgrounds)]
-    memory, seconds = run(command)
+        prompts = list_class_prompts(folder, backgrounds)
+        command += [f"--class-images={CLASS_IMAGES}"]
+    command += [f"--class-prompt={prompt}" for prompt in prompts]
+    memory, seconds = run_measured(command)
     files = [out] if single else (out / "unet").iterdir()
-    return out, {"memory": memory, "seconds": seconds, "bytes": sum(map(_size, files))}
-
-
-def _size(path):
-    return path.stat().st_size
+    size = sum(file.stat().st_size for file in files)
+    return out, {"memory": memory, "seconds": seconds, "bytes": size}
 
 
 def demonstrate(args):
@@ -192,17 +191,17 @@ def demonstrate(args):
     from stable_diffusion.checkpoints import open_checkpoint
 
     args.work.mkdir(parents=True, exist_ok=True)
-    for folder, name in (("pictures", NAME), ("token", TOKEN)):
+    for folder, name in (("images", NAME), ("token", TOKEN)):
         draw_character.main([str(args.work / folder), "--name", name])
-    paths = sorted((args.work / "pictures").glob("*.png"))
+    paths = sorted((args.work / "images").glob("*.png"))
     trained = np.stack([np.asarray(Image.open(path)) for path in paths])
-    apart = distances(trained, trained)
+    apart = measure_distances(trained, trained)
     np.fill_diagonal(apart, np.inf)
 
     folder = open_checkpoint(args.weights).folder
     backgrounds = list(draw_character.BACKGROUNDS)
-    knowledge = Knowledge(args.data, folder)
-    rows = [{"method": "training pictures", "distance": float(apart.min(1).mean())}]
+    judge = Judge(args.data, folder)
+    rows = [{"method": "training images", "distance": float(apart.min(1).mean())}]
     grid = [np.hstack(trained[:COLUMNS])]
     for name in (None, *args.methods):
         print(name or "before", file=sys.stderr, flush=True)
@@ -210,10 +209,10 @@ def demonstrate(args):
         pipeline = open_result(args.weights, out)
         word = TOKEN if out and "inversion" in out.name else NAME
         prompts = [f"a {word} on {_article(b)} {b} background" for b in backgrounds for _ in SEEDS]
-        drawn = draw(pipeline, prompts, [seed for _ in backgrounds for seed in SEEDS])
-        row["distance"] = float(distances(drawn, trained).min(1).mean())
-        rows.append({"method": name or "before"} | row | knowledge(pipeline))
-        grid.append(np.hstack(drawn[:: len(SEEDS)][:COLUMNS]))
+        images = generate(pipeline, prompts, [seed for _ in backgrounds for seed in SEEDS])
+        row["distance"] = float(measure_distances(images, trained).min(1).mean())
+        rows.append({"method": name or "before"} | row | judge.judge(pipeline))
+        grid.append(np.hstack(images[:: len(SEEDS)][:COLUMNS]))
     Image.fromarray(np.vstack(grid)).save(args.picture)
     return rows
 
@@ -222,7 +221,7 @@ def _article(word):
     return "an" if word[0] in "aeiou" else "a"
 
 
-def show(rows):
+def format_rows(rows):
     """Returns the rows as a table in Markdown."""
     lines = [
         "| method | seconds | peak memory | file | distance | subject right | background right |",
@@ -242,22 +241,28 @@ def show(rows):
     return "\n".join(lines)
 
 
+def get_parser():
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder of the runs")
+    add("--weights", default="emoji", help="default: emoji")
+    add("--data", type=Path, help="what emoji_data.py wrote")
+    add("--picture", type=Path, required=True, help="a PNG to write, with a row for each method")
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
+    return parser
+
+
 def main(argv=None):
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--weights", default="emoji", help="default: emoji")
-    parser.add_argument("--data", type=Path, help="what emoji_data.py wrote")
-    parser.add_argument("--picture", type=Path, required=True, help="PNG of a row for each method")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    args = parser.parse_args(argv)
+    args = get_parser().parse_args(argv)
     try:
         rows = demonstrate(args)
     except (OSError, ValueError) as error:
         print(f"demo_finetune: {error}", file=sys.stderr)
         return 2
     (args.work / "rows.json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
-    print(show(rows))
+    print(format_rows(rows))
     return 0
 
 

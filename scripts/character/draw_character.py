@@ -1,11 +1,11 @@
-"""Draws pictures of a character that no checkpoint knows, with captions: a set to fine-tune on.
+"""Draws images of a character that no checkpoint knows, with captions: a set to fine-tune on.
 
-    python scripts/draw_character.py pictures
+    python scripts/character/draw_character.py images
 
-Blip is a teal teardrop with one eye, two orange antennae and a yellow belly. Each picture shows it
-in another place, size and tilt, looking another way, on another plain background; metadata.jsonl
-says what is in it. Everything is drawn from circles and polygons by this script, and so under the
-licence of the project's code.
+Blip is a teal teardrop with one eye, two orange antennae and a yellow belly. Each image shows it in
+another place, size and tilt, looking another way, on another plain background. metadata.jsonl says
+what each image shows. This script draws everything from circles and polygons, so the images are
+under the licence of the project's code.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from stable_diffusion.files import new_folder
 
-SIZE, FINE = 128, 4  # pixels, and how much finer it is drawn before it is shrunk
+SIZE, FINE = 128, 4  # pixels; and how many times finer it is drawn before it is shrunk
 COUNT = 20
 BODY, BELLY, ANTENNA = (20, 160, 150), (250, 215, 80), (245, 130, 30)
 BACKGROUNDS = {
@@ -35,11 +35,11 @@ BACKGROUNDS = {
 }
 
 
-def draw(rng, background):
-    """Draws one picture.
+def draw_image(rng, background):
+    """Draws one image.
 
     Args:
-        rng: numpy Generator, of place, size, tilt and gaze.
+        rng: numpy Generator, for place, size, tilt and gaze.
         background: three values of 0 to 255.
 
     Returns:
@@ -50,7 +50,7 @@ def draw(rng, background):
     pen = ImageDraw.Draw(layer)
     scale = side * rng.uniform(0.75, 0.95)
 
-    def circle(x, y, radius, colour):  # in units of the character's height, from its centre
+    def circle(x, y, radius, colour):  # from the character's centre; its height is 1
         x, y, radius = side / 2 + x * scale, side / 2 + y * scale, radius * scale
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
@@ -70,18 +70,25 @@ def draw(rng, background):
     shift = tuple(int(x) for x in rng.uniform(-0.03, 0.03, 2) * side)
     tilt = float(rng.uniform(-12, 12))
     layer = layer.rotate(tilt, Image.Resampling.BICUBIC, translate=shift)
-    picture = Image.new("RGB", layer.size, background)
-    picture.paste(layer, mask=layer)
-    return np.array(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    image = Image.new("RGB", layer.size, background)
+    image.paste(layer, mask=layer)
+    return np.array(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+
+
+def get_parser():
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="a new folder for the images")
+    add("--count", type=int, default=COUNT, help=f"number of images (default: {COUNT})")
+    add("--name", default="blip", help="what captions call it (default: blip)")
+    add("--seed", type=int, default=0, help="default: 0")
+    return parser
 
 
 def main(argv=None):
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a new folder for the pictures")
-    parser.add_argument("--count", type=int, default=COUNT, help=f"default: {COUNT}")
-    parser.add_argument("--name", default="blip", help="what captions call it (default: blip)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = get_parser()
     args = parser.parse_args(argv)
     if args.count < 1 or args.seed < 0:
         parser.error("--count must be at least 1, and --seed at least 0")
@@ -91,8 +98,8 @@ def main(argv=None):
             with open(written / "metadata.jsonl", "w", encoding="utf-8") as file:
                 for number in range(args.count):
                     name = names[number % len(names)]
-                    picture = draw(rng, BACKGROUNDS[name])
-                    Image.fromarray(picture).save(written / f"{number:02}.png")
+                    image = draw_image(rng, BACKGROUNDS[name])
+                    Image.fromarray(image).save(written / f"{number:02}.png")
                     article = "an" if name[0] in "aeiou" else "a"
                     text = f"a {args.name} on {article} {name} background"
                     row = {"file_name": f"{number:02}.png", "text": text}
@@ -100,7 +107,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         print(f"draw_character: {error}", file=sys.stderr)
         return 2
-    print(f"{args.folder}: {args.count} pictures")
+    print(f"{args.folder}: {args.count} images")
     return 0
 
 

@@ -1,21 +1,24 @@
-"""Times this package, KerasCV and diffusers in one run: each model, whole pictures, cold starts.
+"""Times this package, KerasCV and diffusers in one run: each model, whole images, cold starts.
 
-    pip install -e . keras-cv openvino torch diffusers transformers    # whichever you have
-    python scripts/benchmark.py                                        # the UNet at 512x512
-    python scripts/benchmark.py --what text_encoder unet decoder picture --batch 1 2 4
-    python scripts/benchmark.py --what cold --files FOLDER --make      # 8 GB of files
+    pip install -e . keras-cv openvino torch diffusers transformers    # those that you have
+    python scripts/measure/benchmark.py                                # the UNet at 512x512
+    python scripts/measure/benchmark.py --what text_encoder unet decoder image --batch 1 2 4
+    python scripts/measure/benchmark.py --what cold --files FOLDER --make      # 8 GB of files
 
-Every measurement is a process of its own, and the routes take turns, --runs times: what else the
-machine does hits all of them. A process builds a Stable Diffusion 1 in full size with random
-parameters and runs once (first), then --repeat times (warm). Reported are medians over all
-processes; "GiB" is the peak memory of the whole process, "own" without the pages of files, such as
-OpenVINO's and safetensors', that the system takes back when it needs them (Linux). "of peak" is
-the share of what a product of large matrices reaches on this machine, in the same run, in the best
-library and dtype that the route may use.
+A route is a library with a backend, a dtype and options; see `ROUTES`. Each measurement is a
+process of its own. The routes take turns, --runs times, so that other work on the machine slows
+all of them. A process builds a Stable Diffusion 1 in full size with random parameters. It runs once
+("first"), then --repeat times ("warm").
 
-"picture" draws with guidance and DDIM, --steps steps. "cold" is from the start of the process to
-the end of the first step, with parameters from files that --make writes into --files: KerasCV's
-.h5 for KerasCV and here, safetensors for diffusers and here.
+The tables show medians over all processes. "GiB" is the peak memory of the whole process. "own"
+leaves out the pages of files, such as OpenVINO's and safetensors', which the system takes back when
+it needs them (Linux). "of peak" compares with a product of large matrices on this machine, in the
+same run, in the best library and dtype that the route may use.
+
+"image" generates an image with guidance and DDIM, in --steps steps. "cold" is the time from the
+start of the process to the end of the first step. Its parameters come from files that --make
+writes into --files: KerasCV's .h5 for KerasCV and this package, safetensors for diffusers and this
+package.
 """
 
 import argparse
@@ -52,51 +55,53 @@ ROUTES = {
 DEFAULT = ["keras_cv", "keras_cv bfloat16", "diffusers", "diffusers bfloat16"]
 DEFAULT += ["ours", "ours bfloat16", "ours openvino", "ours exported"]
 BASE = "keras_cv"  # of the ratios, if it is among them; else the first
-WHAT = ("text_encoder", "unet", "decoder", "picture", "cold")
+WHAT = ("text_encoder", "unet", "decoder", "image", "cold")
 # Operations at 512x512 and batch 1, counted by torch.utils.flop_counter in diffusers' models.
 OPERATIONS = {"text_encoder": 13.3e9, "unet": 803.3e9, "decoder": 2514.5e9}
 PROMPT = "a photograph of an astronaut riding a horse"
 MATRIX = 4096  # side of the matrices that are multiplied
+TOKENS, WIDTH, END_OF_TEXT = 77, 768, 49407  # of the text encoder
 
 
-def missing(route):
-    """Returns the package that a route lacks, or None."""
+def find_missing_package(route):
+    """Returns the name of a package that a route needs and that is not installed, or None."""
     library, backend, _, _ = ROUTES[route]
     needs = {"ours": [backend], "keras_cv": ["keras_cv", backend]}
     needs["diffusers"] = ["torch", "diffusers", "transformers"]
     return next((name for name in needs[library] if not importlib.util.find_spec(name)), None)
 
 
-def memory(kind, process="self"):
-    """Returns what Linux tells of a process' memory, in bytes; 0 if the process has ended.
+def read_memory(kind, process="self"):
+    """Returns what Linux says about the memory of a process, in bytes; 0 if the process has ended.
 
-    "VmHWM" is the largest resident memory so far, "RssAnon" the present one without that of files.
+    "VmHWM" is the largest resident memory so far. "RssAnon" is the present one without the pages of
+    files.
     """
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)), 0)
 
 
-# --- What a process of one route does: each returns a function that runs once. -------------------
+# --- What a process of one route does: each prepares a function that runs once. ------------------
 
 
-def keras_inputs(what, size, batch):
-    """Returns the random inputs of a model here or in KerasCV."""
+def make_keras_inputs(what, size, batch):
+    """Returns random inputs for a model of this package or of KerasCV."""
     import numpy as np
 
     rng = np.random.default_rng(0)
 
-    def normal(*shape):
+    def draw_normal(*shape):
         return rng.standard_normal((batch, *shape), dtype="float32")
 
     if what == "text_encoder":
-        tokens = rng.integers(0, 49407, (batch, 77)).astype("int32")
-        return [tokens, np.tile(np.arange(77, dtype="int32"), (batch, 1))]
-    latent = normal(size // 8, size // 8, 4)
-    return latent if what == "decoder" else [latent, normal(320), normal(77, 768)]
+        tokens = rng.integers(0, END_OF_TEXT, (batch, TOKENS)).astype("int32")
+        return [tokens, np.tile(np.arange(TOKENS, dtype="int32"), (batch, 1))]
+    latent = draw_normal(size // 8, size // 8, 4)
+    return latent if what == "decoder" else [latent, draw_normal(320), draw_normal(TOKENS, WIDTH)]
 
 
 def randomize(model):
-    """Fills a Keras model with small random numbers: zeros could be faster."""
+    """Fills a Keras model with small random numbers; with zeros it could be faster."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -104,44 +109,40 @@ def randomize(model):
         variable.assign(0.02 * rng.standard_normal(variable.shape, dtype="float32"))
 
 
-def run_keras(library, what, size, batch, steps, option, files):
-    """Prepares KerasCV or this package."""
+def prepare_keras(library, what, size, batch, steps, option, files):
+    """Returns the function that runs KerasCV or this package once."""
     jit = option == "jit"
     if library == "ours":
-        from stable_diffusion import StableDiffusion, stable_diffusion
-
-        length = stable_diffusion.MAX_PROMPT_LENGTH
+        from stable_diffusion import StableDiffusion
     else:
         from keras_cv.models import StableDiffusion
         from keras_cv.src.models.stable_diffusion import decoder, diffusion_model, text_encoder
 
-        length = 77
-
-    def build(part):
+    def build_component(component):
         if option == "exported":
-            return getattr(StableDiffusion(size, size, jit, weights=files), part)
+            return getattr(StableDiffusion(size, size, jit, weights=files), component)
         if library == "ours":
             from stable_diffusion.checkpoints.building import uninitialized
 
             with uninitialized():
-                model = getattr(StableDiffusion(size, size, jit, weights=None), part)
-        elif part == "text_encoder":
-            model = text_encoder.TextEncoder(length, download_weights=False)
-        elif part == "decoder":
+                model = getattr(StableDiffusion(size, size, jit, weights=None), component)
+        elif component == "text_encoder":
+            model = text_encoder.TextEncoder(TOKENS, download_weights=False)
+        elif component == "decoder":
             model = decoder.Decoder(size, size, download_weights=False)
         else:
-            model = diffusion_model.DiffusionModel(size, size, length, download_weights=False)
+            model = diffusion_model.DiffusionModel(size, size, TOKENS, download_weights=False)
         if files:
             names = {"text_encoder": "kcv_encoder.h5", "decoder": "kcv_decoder.h5"}
-            model.load_weights(Path(files, names.get(part, "kcv_diffusion_model.h5")))
+            model.load_weights(Path(files, names.get(component, "kcv_diffusion_model.h5")))
         else:
             randomize(model)
         model.compile(jit_compile=jit)
         return model
 
     if what in ("text_encoder", "unet", "decoder"):
-        model = build({"unet": "diffusion_model"}.get(what, what))
-        inputs = keras_inputs(what, size, batch)
+        model = build_component({"unet": "diffusion_model"}.get(what, what))
+        inputs = make_keras_inputs(what, size, batch)
         return lambda: model.predict_on_batch(inputs)
     options = {"batch_size": batch, "num_steps": steps, "seed": 0}
     if library == "ours" and files:
@@ -150,18 +151,20 @@ def run_keras(library, what, size, batch, steps, option, files):
         pipeline = StableDiffusion(
             *(size, size, jit), **({"weights": None} if library == "ours" else {})
         )
-        for part in ("text_encoder", "diffusion_model", "decoder"):
-            setattr(pipeline, f"_{part}", build(part))
+        for component in ("text_encoder", "diffusion_model", "decoder"):
+            setattr(pipeline, f"_{component}", build_component(component))
     if library == "keras_cv":
         from keras_cv.models.stable_diffusion import SimpleTokenizer
 
-        weights = Path(__file__).parents[1] / "weights"
-        pipeline._tokenizer = SimpleTokenizer(str(weights / "bpe_simple_vocab_16e6.txt.gz"))
+        from stable_diffusion.files import WEIGHTS_DIR
+
+        vocabulary = WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
+        pipeline._tokenizer = SimpleTokenizer(str(vocabulary))
     return lambda: pipeline.text_to_image(PROMPT, **options)
 
 
-def run_diffusers(what, size, batch, steps, dtype, layout, files):
-    """Prepares diffusers."""
+def prepare_diffusers(what, size, batch, steps, dtype, layout, files):
+    """Returns the function that runs diffusers once."""
     import diffusers
     import torch
     import transformers
@@ -172,41 +175,41 @@ def run_diffusers(what, size, batch, steps, dtype, layout, files):
     last = layout == "channels_last"
     if last:
         kind["memory_format"] = torch.channels_last
-    levels = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
-    torch.set_default_dtype(getattr(torch, dtype))  # so that models aren't built twice as large
+    stages = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+    torch.set_default_dtype(getattr(torch, dtype))  # otherwise models are built in float32 first
 
-    def text_encoder():
+    def make_text_encoder():
         config = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
         config |= {"num_attention_heads": 12, "vocab_size": 49408}
         return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
 
-    def unet():
+    def make_unet():
         return diffusers.UNet2DConditionModel(sample_size=size // 8, cross_attention_dim=768)
 
-    def vae():
+    def make_vae():
         options = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-        return diffusers.AutoencoderKL(3, 3, *levels, **options)
+        return diffusers.AutoencoderKL(3, 3, *stages, **options)
 
-    def normal(*shape):
+    def draw_normal(*shape):
         return torch.randn(batch, *shape, device=device, dtype=kind["dtype"])
 
-    def synchronised(function):
+    def run_synchronised(function):
         result = function()
         if device == "cuda":
             torch.cuda.synchronize()
         return result
 
     if what == "text_encoder":
-        model = text_encoder().to(dtype=kind["dtype"], device=device)
-        tokens = torch.randint(0, 49407, (batch, 77), device=device)
+        model = make_text_encoder().to(dtype=kind["dtype"], device=device)
+        tokens = torch.randint(0, END_OF_TEXT, (batch, TOKENS), device=device)
         call = functools.partial(model, tokens)
     elif what == "unet":
-        model, latent = unet().to(**kind), normal(4, size // 8, size // 8)
-        context, timestep = normal(77, 768), torch.tensor([981] * batch, device=device)
+        model, latent = make_unet().to(**kind), draw_normal(4, size // 8, size // 8)
+        context, timestep = draw_normal(TOKENS, WIDTH), torch.tensor([981] * batch, device=device)
         latent = latent.contiguous(memory_format=kind.get("memory_format", torch.preserve_format))
         call = functools.partial(model, latent, timestep, context)
     elif what == "decoder":
-        model, latent = vae().to(**kind), normal(4, size // 8, size // 8)
+        model, latent = make_vae().to(**kind), draw_normal(4, size // 8, size // 8)
         call = functools.partial(model.decode, latent)
     else:
         schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -217,10 +220,10 @@ def run_diffusers(what, size, batch, steps, dtype, layout, files):
             ).to(device)
         else:
             pipeline = diffusers.StableDiffusionPipeline(
-                vae=vae(),
-                text_encoder=text_encoder(),
+                vae=make_vae(),
+                text_encoder=make_text_encoder(),
                 tokenizer=None,
-                unet=unet(),
+                unet=make_unet(),
                 scheduler=diffusers.DDIMScheduler(**schedule),
                 safety_checker=None,
                 feature_extractor=None,
@@ -229,32 +232,32 @@ def run_diffusers(what, size, batch, steps, dtype, layout, files):
         if last:
             pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.set_progress_bar_config(disable=True)
-        tokens = torch.full((1, 77), 49407, device=device)
+        tokens = torch.full((1, TOKENS), END_OF_TEXT, device=device)
 
         def call():
-            context = pipeline.text_encoder(tokens)[0]  # of a prompt, and of the empty one
+            context = pipeline.text_encoder(tokens)[0]  # for the prompt and for the negative prompt
             embeds = {"prompt_embeds": context, "negative_prompt_embeds": context}
             options = {"num_inference_steps": steps, "num_images_per_prompt": batch}
             sizes = {"height": size, "width": size}
             return pipeline(**embeds, **options, **sizes, output_type="np").images
 
-    return functools.partial(synchronised, call)
+    return functools.partial(run_synchronised, call)
 
 
-def work(args):
+def measure_one_route(args):
     """Measures one route in this process and prints the result as JSON."""
     library, _, dtype, options = ROUTES[args.one]
     (what,), (batch,) = args.what, args.batch
     start = time.perf_counter()
     if library == "diffusers":
         files = args.files and Path(args.files) / "diffusers"
-        run = run_diffusers(what, args.size, batch, args.steps, dtype, options, files)
+        run = prepare_diffusers(what, args.size, batch, args.steps, dtype, options, files)
     else:
         import keras
 
         keras.config.set_dtype_policy(dtype)
         files = args.files and Path(args.files) / args.format
-        run = run_keras(library, what, args.size, batch, args.steps, options, files)
+        run = prepare_keras(library, what, args.size, batch, args.steps, options, files)
     built, times, busy = time.perf_counter() - start, [], []
     for _ in range(1 + args.repeat):
         start, used = time.perf_counter(), time.process_time()
@@ -262,11 +265,11 @@ def work(args):
         times.append(time.perf_counter() - start)
         busy.append(time.process_time() - used)
     result = {"built": built, "first": times[0], "warm": times[1:], "busy": busy[1:]}
-    print(json.dumps(result | {"memory": memory("VmHWM")}))
+    print(json.dumps(result | {"memory": read_memory("VmHWM")}))
 
 
-def multiply(args):
-    """Measures how many operations a second a product of matrices reaches, in this process."""
+def measure_product(args):
+    """Measures in this process how many operations a second a product of matrices reaches."""
     library, dtype = args.multiply
     if library == "torch":
         import torch
@@ -274,20 +277,20 @@ def multiply(args):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         a, b = torch.randn(2, MATRIX, MATRIX, device=device).to(getattr(torch, dtype))
 
-        def product():
+        def multiply():
             return float((a @ b)[0, 0])
     else:
         import tensorflow as tf
 
         a, b = tf.cast(tf.random.normal((2, MATRIX, MATRIX)), dtype)
 
-        def product():
+        def multiply():
             return float((a @ b)[0, 0])
 
     times = []
     for _ in range(4 + args.repeat):
         start = time.perf_counter()
-        product()
+        multiply()
         times.append(time.perf_counter() - start)
     print(json.dumps({"speed": 2 * MATRIX**3 / min(times)}))
 
@@ -295,8 +298,12 @@ def multiply(args):
 # --- The run. ------------------------------------------------------------------------------------
 
 
-def process(backend, *arguments):
-    """Runs this script in a process of its own; returns its JSON with the whole time, or None."""
+def run_process(backend, *arguments):
+    """Runs this script in a process of its own.
+
+    Returns:
+        What it printed as JSON, with its whole time and memory; None if it failed.
+    """
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     if backend:
         environment["KERAS_BACKEND"] = backend
@@ -308,7 +315,7 @@ def process(backend, *arguments):
             try:
                 output, errors = child.communicate(timeout=0.1)
             except subprocess.TimeoutExpired:
-                own = max(own, memory("RssAnon", child.pid))
+                own = max(own, read_memory("RssAnon", child.pid))
     seconds = time.perf_counter() - start
     if child.returncode:
         lines = errors.strip().splitlines() or [f"status {child.returncode}"]
@@ -323,17 +330,17 @@ def measure_peaks(repeat):
     for library in ("tensorflow", "torch"):
         if importlib.util.find_spec(library):
             for dtype in ("float32", "bfloat16"):
-                result = process("", "--multiply", library, dtype, "--repeat", repeat)
+                result = run_process("", "--multiply", library, dtype, "--repeat", repeat)
                 if result:
                     peaks[dtype] = max(peaks.get(dtype, 0), result["speed"])
     return peaks
 
 
-def measure(args, what, batch, routes):
-    """Returns the results of each route, one of each process, in turns."""
+def measure_routes(args, what, batch, routes):
+    """Measures the routes in turns; returns for each a list with the result of each process."""
     cold = what == "cold"
     common = ["--size", args.size, "--batch", batch, "--repeat", 0 if cold else args.repeat]
-    common += ["--what", "picture" if cold else what, "--steps", 1 if cold else args.steps]
+    common += ["--what", "image" if cold else what, "--steps", 1 if cold else args.steps]
     variants = {}
     for route in routes:
         if ROUTES[route][3] == "exported":
@@ -352,13 +359,13 @@ def measure(args, what, batch, routes):
             if sys.stderr.isatty():
                 print(f"\r\033[K{what}, batch {batch}, {turn + 1}: {name}", end="", file=sys.stderr)
             backend = ROUTES[route][1]
-            result = process(backend, "--one", route, *common, *files)
+            result = run_process(backend, "--one", route, *common, *files)
             results[name] += [result] if result else []
     return {name: found for name, found in results.items() if found}
 
 
-def summarise(args, what, batch, results, peaks):
-    """Returns the rows of one table."""
+def make_rows(args, what, batch, results, peaks):
+    """Returns the rows of one table, from what `measure_routes` returned."""
     rows = []
     for name, found in results.items():
         warm = [seconds for result in found for seconds in result["warm"]]
@@ -387,8 +394,8 @@ def summarise(args, what, batch, results, peaks):
     return rows
 
 
-def show(rows):
-    """Prints one table."""
+def print_table(rows):
+    """Prints the rows of one table."""
     first = rows[0]
     print(f"\n{first['what']}, batch {first['batch']}")
     print(
@@ -405,8 +412,8 @@ def show(rows):
         )
 
 
-def export(args):
-    """Writes a Stable Diffusion 1 of random parameters for OpenVINO, in this process."""
+def export_model(args):
+    """Writes a Stable Diffusion 1 with random parameters for OpenVINO, in this process."""
     from stable_diffusion import StableDiffusion
 
     model = StableDiffusion(args.size, args.size, jit_compile=False, weights=None)
@@ -415,7 +422,7 @@ def export(args):
 
 
 def make_files(folder):
-    """Writes a Stable Diffusion 1 of random parameters in both formats."""
+    """Writes a Stable Diffusion 1 with random parameters in both formats."""
     from stable_diffusion import StableDiffusion
 
     model = StableDiffusion(jit_compile=False, weights=None)
@@ -423,32 +430,44 @@ def make_files(folder):
     model.save(Path(folder) / "kerascv", format="kerascv")
 
 
-def main():
-    """Runs the command line; returns the exit status."""
+def get_parser():
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=["unet"])
-    parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=DEFAULT)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--size", type=int, default=512, help="in pixels")
-    parser.add_argument("--steps", type=int, default=50, help="of a picture")
-    parser.add_argument("--runs", type=int, default=3, help="processes of each route")
-    parser.add_argument("--repeat", type=int, default=3, help="warm runs in each process")
-    parser.add_argument("--files", help="folder of parameters for cold starts")
-    parser.add_argument("--make", action="store_true", help="write those files first")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    parser.add_argument("--one", choices=list(ROUTES), help=argparse.SUPPRESS)
-    parser.add_argument("--format", default="kerascv", help=argparse.SUPPRESS)
-    parser.add_argument("--multiply", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--export", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--what", nargs="+", choices=WHAT, default=["unet"], help="default: unet")
+    add("--routes", nargs="+", choices=list(ROUTES), default=DEFAULT)
+    add("--batch", nargs="+", type=int, default=[1], help="default: 1")
+    add("--size", type=int, default=512, help="of the images in pixels (default: 512)")
+    add("--steps", type=int, default=50, help="of an image (default: 50)")
+    add("--runs", type=int, default=3, help="processes of each route (default: 3)")
+    add("--repeat", type=int, default=3, help="warm runs in each process (default: 3)")
+    add("--files", help="folder of parameters for cold starts")
+    add("--make", action="store_true", help="write those files first")
+    add("--json", action="store_true", help="print JSON in place of tables")
+    add("--one", choices=list(ROUTES), help=argparse.SUPPRESS)
+    add("--format", default="kerascv", help=argparse.SUPPRESS)
+    add("--multiply", nargs=2, help=argparse.SUPPRESS)
+    add("--export", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit status."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.one:
+        measure_one_route(args)
+    elif args.multiply:
+        measure_product(args)
+    elif args.export:
+        export_model(args)
     if args.one or args.multiply or args.export:
-        (work if args.one else multiply if args.multiply else export)(args)
         return 0
     if "cold" in args.what and not args.files:
-        parser.error("--what cold takes --files FOLDER (and --make, the first time)")
+        parser.error("--what cold needs --files FOLDER, and --make the first time")
     if args.make:
         make_files(args.files)
-    lacking = {route: missing(route) for route in args.routes}
+    lacking = {route: find_missing_package(route) for route in args.routes}
     for route, package in lacking.items():
         if package:
             print(f"{route}: {package} is not installed", file=sys.stderr)
@@ -457,10 +476,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         args.exported = folder
         if any(ROUTES[route][3] == "exported" for route in routes):
-            process("openvino", "--export", folder, "--size", args.size)
+            run_process("openvino", "--export", folder, "--size", args.size)
         for what in args.what:
             for batch in args.batch:
-                rows = summarise(args, what, batch, measure(args, what, batch, routes), peaks)
+                results = measure_routes(args, what, batch, routes)
+                rows = make_rows(args, what, batch, results, peaks)
                 tables += [rows] if rows else []
     if args.json:
         rows = [row for table in tables for row in table]
@@ -469,7 +489,7 @@ def main():
     for dtype, speed in peaks.items():
         print(f"product of {MATRIX}x{MATRIX} matrices, {dtype}: {speed / 1e9:.0f} GFLOP/s")
     for rows in tables:
-        show(rows)
+        print_table(rows)
     return 0
 
 

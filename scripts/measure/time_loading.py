@@ -1,13 +1,13 @@
 """Times loading a whole Stable Diffusion from safetensors, and its memory, against diffusers.
 
     pip install torch diffusers transformers accelerate
-    python scripts/time_loading.py FOLDER [--make] [--runs 3] [--policy float32]
+    python scripts/measure/time_loading.py FOLDER [--make] [--runs 3] [--policy float32]
 
-FOLDER is in diffusers' layout; --make writes a Stable Diffusion 1 of random parameters there first
-(4 GB). Each run is a process of its own, in turns. Counted are construction and loading of all
-parts, not the imports; "and read" until each parameter has been read once, because diffusers maps
-the file and reads it at first use. Memory is the growth of the process's peak over what it was
-after the imports, as a multiple of the parameters' size.
+FOLDER is in diffusers' layout. --make first writes a Stable Diffusion 1 with random parameters
+there (4 GB). Each run is a process of its own; the libraries take turns. "loaded" is the time to
+construct and load all components, without the imports. "and read" is the time until each parameter
+has been read once, because diffusers maps the file and reads it at first use. "memory" is the
+growth of the process's peak since the imports, as a multiple of the parameters' size.
 """
 
 import argparse
@@ -25,27 +25,27 @@ UNET = "diffusion_model"
 COMPONENTS = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
 
 
-def peak():
+def read_peak():
     """Returns the largest resident memory of this process so far, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def ours(folder, policy, parts):
+def load_ours(folder, policy, components):
     """Loads with this package; returns the variables."""
     from stable_diffusion import StableDiffusion
 
     model = StableDiffusion(jit_compile=False, weights=folder)
-    return [variable for part in parts for variable in getattr(model, part).weights]
+    return [variable for name in components for variable in getattr(model, name).weights]
 
 
-def diffusers(folder, policy, parts):
-    """Loads with diffusers; returns the parameters, which it may only have mapped from the file."""
+def load_diffusers(folder, policy, components):
+    """Loads with diffusers; returns the parameters, which may still be only in the file."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     dtype = getattr(torch, policy)
-    if parts == [UNET]:
+    if components == [UNET]:
         models = [UNet2DConditionModel.from_pretrained(Path(folder) / "unet", torch_dtype=dtype)]
     else:
         pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
@@ -53,8 +53,8 @@ def diffusers(folder, policy, parts):
     return [parameter for model in models for parameter in model.parameters()]
 
 
-def run(loader, folder, policy, parts):
-    """Prints what one process measures, as JSON."""
+def measure_loader(loader, folder, policy, components):
+    """Measures one library in this process and prints the result as JSON."""
     if loader == "ours":
         import keras
 
@@ -62,13 +62,13 @@ def run(loader, folder, policy, parts):
 
         keras.config.set_dtype_policy(policy)
         keras.ops.zeros(1)  # starts the backend
-        load = ours
+        load = load_ours
     else:
         from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
 
-        load = diffusers
-    before, start = peak(), time.perf_counter()
-    parameters = load(folder, policy, parts)
+        load = load_diffusers
+    before, start = read_peak(), time.perf_counter()
+    parameters = load(folder, policy, components)
     loaded = time.perf_counter() - start
     item = 4 if policy == "float32" else 2  # bytes of a parameter
     size = item * sum(math.prod(parameter.shape) for parameter in parameters)
@@ -77,32 +77,39 @@ def run(loader, folder, policy, parts):
         if loader != "ours":
             parameter.sum()
     used = time.perf_counter() - start
-    print(json.dumps({"loaded": loaded, "used": used, "memory": (peak() - before) / size}))
+    print(json.dumps({"loaded": loaded, "used": used, "memory": (read_peak() - before) / size}))
 
 
-def make(folder):
-    """Writes a Stable Diffusion 1 of random parameters, by this package."""
+def make_files(folder):
+    """Writes a Stable Diffusion 1 with random parameters, by this package."""
     from stable_diffusion import StableDiffusion
     from stable_diffusion.config import SD1, undo_departures
 
     StableDiffusion(jit_compile=False, weights=None, config=undo_departures(SD1)).save(folder)
 
 
-def main():
-    """Runs each loader in turn and prints the medians."""
+def get_parser():
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder")
-    parser.add_argument("--make", action="store_true", help="write random parameters there first")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--policy", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--unet", action="store_true", help="only the UNet")
-    parser.add_argument("--one", choices=LOADERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    parts = [UNET] if args.unet else COMPONENTS
+    add = parser.add_argument
+    add("folder", help="of a checkpoint in diffusers' layout")
+    add("--make", action="store_true", help="write random parameters there first")
+    add("--runs", type=int, default=3, help="processes of each library (default: 3)")
+    add("--policy", default="float32", choices=["float32", "bfloat16"])
+    add("--unet", action="store_true", help="only the UNet")
+    add("--one", choices=LOADERS, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit status."""
+    args = get_parser().parse_args(argv)
+    components = [UNET] if args.unet else COMPONENTS
     if args.one:
-        return run(args.one, args.folder, args.policy, parts)
+        measure_loader(args.one, args.folder, args.policy, components)
+        return 0
     if args.make:
-        make(args.folder)
+        make_files(args.folder)
     for file in Path(args.folder).rglob("*.safetensors"):  # into the page cache
         with file.open("rb") as opened:
             while opened.read(1 << 24):
@@ -115,7 +122,8 @@ def main():
         for name in loaders:
             done = subprocess.run([*command, "--one", name], capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"{name} failed: {done.stderr[-2000:]}")
+                print(f"{name} failed: {done.stderr[-2000:]}", file=sys.stderr)
+                return 1
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{args.policy}, medians of {args.runs}")
     print(f"{'':12}{'loaded':>10}{'and read':>10}{'memory':>10}")
@@ -127,7 +135,8 @@ def main():
             statistics.median(r[key] for r in results[name]) for key in ("loaded", "used", "memory")
         ]
         print("{:12}{:>9.1f}s{:>9.1f}s{:>9.2f}x".format(name, *medians))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

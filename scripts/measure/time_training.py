@@ -1,15 +1,16 @@
-"""Measures a training step of Stable Diffusion 1's UNet: seconds, and the peak of memory.
+"""Measures a training step of Stable Diffusion 1's UNet: its seconds, and the peak of memory.
 
-    KERAS_BACKEND=torch python scripts/time_training.py
+    KERAS_BACKEND=torch python scripts/measure/time_training.py
 
-With random parameters, one picture of 256x256 pixels, each kind in a process of its own:
+The parameters are random, the batch is one image of 256x256 pixels. Each kind is a process of its
+own:
 
-    lora       LoRA of rank 4 of the attention, rematerialisation, float32, AdamW
+    lora       LoRA of rank 4 on the attention, rematerialisation, float32, AdamW
     full       all parameters, rematerialisation, parameters and AdamW in bfloat16
     diffusers  the LoRA as in diffusers' train_text_to_image_lora.py: peft on its UNet, gradient
                checkpointing, float32, torch's AdamW (pip install torch diffusers peft)
 
-The first step, in which a backend compiles, is shown apart from the median of the others.
+The first step, in which a backend compiles, is shown beside the median of the other steps.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SIZE, RANK, TOKENS, WIDTH = 256, 4, 77, 768
 GIB = 2**30
 
 
-def random_batch(seed):
+def make_batch(seed):
     """Returns a noisy latent `(1, h, w, 4)`, a context `(1, 77, 768)`, a timestep and a target."""
     import numpy as np
 
@@ -34,8 +35,8 @@ def random_batch(seed):
     return latent, rng.standard_normal((1, TOKENS, WIDTH), dtype="float32"), 300, target
 
 
-def keras_steps(kind, steps):
-    """Yields after each step of this package."""
+def run_keras_steps(kind, steps):
+    """Takes steps with this package; yields the loss of each."""
     import keras
 
     from stable_diffusion import StableDiffusion
@@ -46,20 +47,20 @@ def keras_steps(kind, steps):
         keras.config.set_dtype_policy("bfloat16")
     pipeline = StableDiffusion(SIZE, SIZE, jit_compile=False, weights=None)
     with remat_scope(pipeline.config.unet):
-        pipeline.diffusion_model  # noqa: B018  is built when it is asked for
+        pipeline.diffusion_model  # noqa: B018  builds it
     method = LoRA(pipeline, RANK) if kind == "lora" else Full(pipeline)
     model = method.compile(
         keras.optimizers.AdamW(1e-4), jit_compile=keras.backend.backend() == "jax"
     )
     for step in range(steps):
-        latent, context, timestep, target = random_batch(step)
+        latent, context, timestep, target = make_batch(step)
         time = timestep_embedding([timestep], pipeline.config.unet.widths[0])
         inputs = {"latent": latent, "timestep_embedding": time, "context": context}
         yield float(model.train_on_batch(inputs, target)[0])
 
 
-def diffusers_steps(steps):
-    """Yields after each step of diffusers'."""
+def run_diffusers_steps(steps):
+    """Takes steps with diffusers; yields the loss of each."""
     import torch
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
@@ -73,7 +74,7 @@ def diffusers_steps(steps):
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4)
     for step in range(steps):
-        latent, context, timestep, target = random_batch(step)
+        latent, context, timestep, target = make_batch(step)
         latent, target = (torch.tensor(x).movedim(-1, 1) for x in (latent, target))
         predicted = unet(latent, timestep, torch.tensor(context)).sample
         loss = torch.nn.functional.mse_loss(predicted, target)
@@ -84,10 +85,10 @@ def diffusers_steps(steps):
         yield loss.item()
 
 
-def measure(kind, steps):
-    """Prints the seconds of each step of a kind as JSON."""
-    seconds, begun = [], None
-    iterator = diffusers_steps(steps) if kind == "diffusers" else keras_steps(kind, steps)
+def measure_kind(kind, steps):
+    """Measures one kind in this process; prints the seconds of each step as JSON."""
+    seconds = []
+    iterator = run_diffusers_steps(steps) if kind == "diffusers" else run_keras_steps(kind, steps)
     begun = time.perf_counter()
     for _ in iterator:
         seconds.append(time.perf_counter() - begun)
@@ -95,17 +96,24 @@ def measure(kind, steps):
     print(json.dumps(seconds))
 
 
+def get_parser():
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    add("--steps", type=int, default=4, help="the first one included (default: 4)")
+    add("--only", choices=KINDS, help=argparse.SUPPRESS)  # in the process of a kind
+    return parser
+
+
 def main(argv=None):
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=4, help="the first included (default: 4)")
-    parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)  # in the process of a kind
+    parser = get_parser()
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error("--steps must be at least 2")
     if args.only:
-        measure(args.only, args.steps)
+        measure_kind(args.only, args.steps)
         return 0
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     print(f"{'':10} {'first step':>10} {'step':>8} {'peak memory':>12}   (Keras on {backend})")

@@ -146,9 +146,9 @@ class TorchFile:
             import torch
         except ImportError as error:
             raise ValueError(
-                f"{path} is a PyTorch file: opening it takes PyTorch, which isn't installed. "
+                f"{path} is a PyTorch file: it needs PyTorch, which isn't installed. "
                 f"Install it, or convert the file to .safetensors where it is: "
-                f"python scripts/convert_checkpoint.py {Path(path).name} OUT --format original"
+                f"stable-diffusion-convert {Path(path).name} OUT.safetensors"
             ) from error
         try:
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

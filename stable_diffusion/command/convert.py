@@ -1,61 +1,78 @@
-"""Converts a checkpoint from any format that is read to any that is written.
+"""The command `stable-diffusion-convert`: converts a checkpoint from any format to any other."""
 
-    python scripts/convert_checkpoint.py model.safetensors folder/
-    python scripts/convert_checkpoint.py folder/ model.safetensors --dtype float16
-    python scripts/convert_checkpoint.py sd1.4 kerascv/ --format kerascv
-    python scripts/convert_checkpoint.py hf://owner/name folder/ --lora style.safetensors:0.8
-    KERAS_BACKEND=openvino python scripts/convert_checkpoint.py emoji folder/ --format openvino
-
-IN is whatever `StableDiffusion(weights=IN)` takes: a preset, a folder in diffusers' layout or of
-.h5 files, a .safetensors or .ckpt file, hf://owner/name. OUT appears whole or not at all.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-import keras
+from stable_diffusion.command.arguments import (
+    DTYPES,
+    FORMATS,
+    PREDICTION_TYPES,
+    Parser,
+    parse_text,
+)
+from stable_diffusion.command.terminal import run_command, silence_tensorflow
 
-from stable_diffusion import StableDiffusion
-from stable_diffusion.checkpoints import FORMATS, open_checkpoint
-from stable_diffusion.checkpoints.tensors import DTYPES
+NAME = "stable-diffusion-convert"
+USAGE = f"{NAME} IN OUT [options]"
+DESCRIPTION = """\
+Converts a checkpoint from any format that is read to any format that is written, and prints the
+path of the result. OUT appears whole or not at all.
+"""
+FORMAT_LINES = "\n".join(f"  {name:10} {what}" for name, what in FORMATS.items())
+EPILOG = f"""\
+IN is what `StableDiffusion(weights=IN)` accepts: "emoji", which is part of the package; "sd1.4" or
+"sd2.1-base", which are downloaded; a folder in diffusers' layout or of .h5 files; a .safetensors or
+.ckpt file; or hf://owner/name on the Hugging Face Hub.
+
+formats:
+{FORMAT_LINES}
+
+examples:
+  {NAME} model.safetensors folder/
+  {NAME} folder/ model.safetensors --dtype float16
+  {NAME} sd1.4 kerascv/ --format kerascv
+  {NAME} hf://owner/name folder/ --lora style.safetensors:0.8
+  KERAS_BACKEND=openvino {NAME} emoji folder/ --format openvino
+
+exit status: 0 done, 1 failed, 2 arguments or files that cannot be used, 130 interrupted
+"""
 
 
 def get_parser():
     """Returns the parser of the command line."""
-    formats = "\n".join(f"  {name:10} {what}" for name, what in FORMATS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"formats:\n{formats}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(NAME, usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("source", metavar="IN", help="what weights= takes")
+    add("source", metavar="IN", type=parse_text, help="the checkpoint to read; see below")
     add("target", metavar="OUT", type=Path, help="a new folder, or a .safetensors file")
     add(
         "--format",
         choices=FORMATS,
         help="default: original for a .safetensors file, diffusers for a folder",
     )
-    add("--dtype", choices=DTYPES, help="of the parameters; default: as they come, float32")
+    add("--dtype", choices=DTYPES, help="of the parameters; default: as they are loaded, float32")
     add(
         "--prediction-type",
-        choices=["epsilon", "v_prediction"],
-        help="what the model predicts, where IN doesn't say",
+        choices=PREDICTION_TYPES,
+        help="what the model predicts, if IN does not say it",
     )
-    add("--ema", action="store_true", help="take the moving average of an original-layout file")
+    add(
+        "--ema",
+        action="store_true",
+        help="read the moving average of the parameters, which a file in the original layout may "
+        "have",
+    )
     add(
         "--lora",
         metavar="FILE[:SCALE]",
         action="append",
         default=[],
-        help="merge a LoRA into the parameters; may be repeated",
+        help="merge a LoRA into the parameters; may be given several times",
     )
     return parser
 
 
 def parse_lora(argument):
-    """Splits FILE[:SCALE] into a path and a float, 1.0 where there is none."""
+    """Splits FILE[:SCALE] into a path and a float, which is 1.0 if it is missing."""
     path, colon, scale = argument.rpartition(":")
     try:
         return (path, float(scale)) if colon else (argument, 1.0)
@@ -63,31 +80,37 @@ def parse_lora(argument):
         return argument, 1.0  # the colon belongs to the path
 
 
-def convert(args):
-    """Loads and writes."""
+def convert_checkpoint(args):
+    """Reads the checkpoint and writes it in the other format."""
+    with silence_tensorflow():
+        import keras
+
+        from stable_diffusion.checkpoints import open_checkpoint
+        from stable_diffusion.stable_diffusion import StableDiffusion
     format = args.format or ("original" if args.target.suffix == ".safetensors" else "diffusers")
+    policy = keras.config.dtype_policy()
     if args.dtype and format in ("keras", "kerascv"):
-        keras.config.set_dtype_policy(args.dtype)  # they are written as the models hold them
-    checkpoint = open_checkpoint(args.source, prediction_type=args.prediction_type, ema=args.ema)
-    model = StableDiffusion(jit_compile=False, weights=checkpoint)
-    for path, scale in map(parse_lora, args.lora):
-        model.load_lora(path, scale)
-    model.save(args.target, format, args.dtype)
+        keras.config.set_dtype_policy(args.dtype)  # these formats store what the models hold
+    try:
+        checkpoint = open_checkpoint(
+            args.source, prediction_type=args.prediction_type, ema=args.ema
+        )
+        model = StableDiffusion(jit_compile=False, weights=checkpoint)
+        for path, scale in map(parse_lora, args.lora):
+            model.load_lora(path, scale)
+        model.save(args.target, format, args.dtype)
+    finally:
+        keras.config.set_dtype_policy(policy)
     print(args.target)
 
 
-def main(argv=None):
-    """Runs the command line; returns the exit status."""
-    args = get_parser().parse_args(argv)
-    policy = keras.config.dtype_policy()
-    try:
-        convert(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"convert_checkpoint: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        keras.config.set_dtype_policy(policy)
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command with `argv`, or this process's arguments; returns its exit status."""
+
+    def work(argv):
+        convert_checkpoint(get_parser().parse_args(argv))
+
+    return run_command(NAME, work, argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Compares every layer of the models here with KerasCV's, given the same random parameters.
+"""Compares every layer of the six models with KerasCV's, given the same random parameters.
 
-    python scripts/compare_keras_cv.py --model decoder
-    python scripts/compare_keras_cv.py --summary
+    python -m stable_diffusion.parity.keras_cv --model decoder
+    python -m stable_diffusion.parity.keras_cv --summary
 
-Prints for each layer the shape of its output and the largest relative error, max|a - b| / max|b|,
-in float32. The pictures are twice as wide as high, so that exchanged axes show. Needs TensorFlow
-and keras_cv, and 9 GB of memory for the UNets.
+It prints for each layer the shape of its output and the largest relative error in float32,
+max|a - b| / max|b|. The images are twice as wide as high, so that exchanged axes show. It needs
+TensorFlow, keras_cv and 9 GB of memory for the UNets.
 
 Reference: https://github.com/keras-team/keras-cv/tree/v0.9.0/keras_cv/src/models/stable_diffusion
 """
@@ -14,25 +14,29 @@ import argparse
 import gc
 import importlib.util
 import math
+import sys
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
-import stable_diffusion
 from stable_diffusion.checkpoints.building import uninitialized
+from stable_diffusion.decoder import Decoder
+from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
+from stable_diffusion.image_encoder import ImageEncoder
+from stable_diffusion.text_encoder import TextEncoder, TextEncoderV2
 
-MODELS = {  # the class, and its arguments, alike in both libraries
-    "text_encoder": ("TextEncoder", ["tokens"]),
-    "text_encoder_v2": ("TextEncoderV2", ["tokens"]),
-    "diffusion_model": ("DiffusionModel", ["height", "width", "tokens"]),
-    "diffusion_model_v2": ("DiffusionModelV2", ["height", "width", "tokens"]),
-    "decoder": ("Decoder", ["height", "width"]),
-    "image_encoder": ("ImageEncoder", []),
+MODELS = {  # the class, which has the same name in KerasCV, and the arguments of both
+    "text_encoder": (TextEncoder, ["tokens"]),
+    "text_encoder_v2": (TextEncoderV2, ["tokens"]),
+    "diffusion_model": (DiffusionModel, ["height", "width", "tokens"]),
+    "diffusion_model_v2": (DiffusionModelV2, ["height", "width", "tokens"]),
+    "decoder": (Decoder, ["height", "width"]),
+    "image_encoder": (ImageEncoder, []),
 }
 TOKENS, VOCABULARY, BATCH = 77, 49408, 2
-# Of each kind of parameter, the mean and the standard deviation that keep activations near 1. No
-# bias is zero and no gamma is one, because mistakes hide behind those.
+# The mean and the standard deviation of each kind of parameter, which keep activations near 1. No
+# bias is 0 and no gamma is 1, because such values hide mistakes.
 DISTRIBUTIONS = {
     "kernel": lambda shape: (0, np.prod(shape[:-1]) ** -0.5),
     "embeddings": lambda shape: (0, 1),
@@ -42,8 +46,8 @@ DISTRIBUTIONS = {
 }
 
 
-def missing():
-    """Returns why the models can't be compared in this environment, or None where they can."""
+def explain_absence():
+    """Returns why this environment cannot compare the models, or None if it can."""
     if (backend := keras.backend.backend()) != "tensorflow":
         return f"KerasCV is compared on the tensorflow backend, not on {backend}."
     if not importlib.util.find_spec("keras_cv"):
@@ -61,7 +65,7 @@ def randomize(model, rng):
 
 
 def relative_error(a, b):
-    """Returns max|a - b| / max|b|, where b is the reference; NaN if that is zero or not finite."""
+    """Returns max|a - b| / max|b|, where b is the reference; NaN if max|b| is 0 or not finite."""
     a, b = (np.asarray(keras.ops.convert_to_numpy(x), "float64") for x in (a, b))
     if a.shape != b.shape:
         raise ValueError(f"The shapes differ: {a.shape} and {b.shape}.")
@@ -70,30 +74,31 @@ def relative_error(a, b):
 
 
 def build_pair(model, height, width):
-    """Returns one of `MODELS` as built here and by KerasCV, for pictures of a size in pixels."""
-    from keras_cv.src.models import stable_diffusion as keras_cv  # the public one lacks V2's UNet
+    """Builds one of `MODELS` for images of a size in pixels; returns ours and KerasCV's."""
+    from keras_cv.src.models import stable_diffusion as theirs  # the public one lacks V2's UNet
 
-    name, arguments = MODELS[model]
+    ours, names = MODELS[model]
     sizes = {"height": height, "width": width, "tokens": TOKENS}
+    arguments = [sizes[name] for name in names]
     with uninitialized():
         return [
-            getattr(library, name)(*[sizes[key] for key in arguments], download_weights=False)
-            for library in (stable_diffusion, keras_cv)
+            constructor(*arguments, download_weights=False)
+            for constructor in (ours, getattr(theirs, ours.__name__))
         ]
 
 
 def share_parameters(ours, theirs, rng):
     """Gives two built models or layers the same random parameters.
 
-    `ours.set_weights(theirs.get_weights())` does the same with two more copies in memory.
+    `ours.set_weights(theirs.get_weights())` does the same, but holds two more copies in memory.
     """
     randomize(theirs, rng)
     for ours_weight, theirs_weight in zip(ours.weights, theirs.weights, strict=True):
         ours_weight.assign(theirs_weight)
 
 
-def random_inputs(model, size, rng):
-    """Returns random inputs, in the order of `model.inputs`."""
+def make_inputs(model, size, rng):
+    """Makes random inputs, in the order of `model.inputs`, for images `size` pixels high."""
     inputs = []
     for spec in model.inputs:
         shape = (BATCH, *spec.shape[1:])
@@ -101,46 +106,51 @@ def random_inputs(model, size, rng):
             inputs.append(rng.integers(0, VOCABULARY, shape, dtype="int32"))
         elif spec.name == "positions":
             inputs.append(np.tile(np.arange(TOKENS, dtype="int32"), (BATCH, 1)))
-        else:  # the image encoder takes pictures of any size
+        else:  # the image encoder accepts images of any size
             shape = (BATCH, size, 2 * size, 3) if None in shape else shape
             inputs.append(rng.standard_normal(shape, dtype="float32"))
     return inputs
 
 
 def compare_layers(ours, theirs, inputs):
-    """Returns a row `(name, shape, relative error)` for the output of each layer of two models."""
+    """Returns for the output of each layer a row `(name, shape, relative error)`."""
 
-    def outputs(model):
+    def run_layers(model):
         layers = [layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)]
         every = keras.Model(model.inputs, [layer.output for layer in layers])
         return zip([layer.name for layer in layers], every(inputs), strict=True)
 
     return [
         (name, tuple(a.shape), relative_error(a, b))
-        for (name, a), (_, b) in zip(outputs(ours), outputs(theirs), strict=True)
+        for (name, a), (_, b) in zip(run_layers(ours), run_layers(theirs), strict=True)
     ]
 
 
 def free_memory():
-    """Collects models that nothing refers to any more; a pair of UNets holds 7 GB."""
+    """Frees models that nothing refers to any more; a pair of UNets holds 7 GB."""
     keras.backend.clear_session()
     gc.collect()
 
 
 class Comparison(NamedTuple):
-    """What `compare` found: rows of `compare_layers`, and the shapes of both models' parameters."""
+    """What `compare_model` finds.
+
+    Attributes:
+        rows: those of `compare_layers`.
+        shapes, expected_shapes: the shapes of our parameters and of KerasCV's, in their order.
+    """
 
     rows: list
     shapes: list
     expected_shapes: list
 
 
-def compare(model, size, seed):
-    """Compares one of `MODELS`, for pictures `size` high and twice as wide, as a `Comparison`."""
+def compare_model(model, size, seed):
+    """Compares one of `MODELS` for images `size` pixels high; returns a `Comparison`."""
     rng = np.random.default_rng(seed)
     ours, theirs = build_pair(model, size, 2 * size)
     share_parameters(ours, theirs, rng)
-    rows = compare_layers(ours, theirs, random_inputs(ours, size, rng))
+    rows = compare_layers(ours, theirs, make_inputs(ours, size, rng))
     shapes, expected = ([tuple(w.shape) for w in model.weights] for model in (ours, theirs))
     del ours, theirs
     free_memory()
@@ -148,35 +158,48 @@ def compare(model, size, seed):
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
     def error(self, message):
+        """Exits with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def picture_size(text):
+def parse_size(text):
+    """Parses a size in pixels: a multiple of 64."""
     if not text.isdecimal() or int(text) < 64 or int(text) % 64:
         raise argparse.ArgumentTypeError(f"must be a positive multiple of 64, not {text!r}")
     return int(text)
 
 
-def seed_number(text):
+def parse_seed(text):
+    """Parses a seed: an integer from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer from 0, not {text!r}")
     return int(text)
 
 
-def main(args=None):
-    parser = Parser(description="Compares every layer with KerasCV's.")
-    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
-    parser.add_argument("--size", type=picture_size, default=64, help="height in pixels")
-    parser.add_argument("--seed", type=seed_number, default=0)
-    parser.add_argument("--summary", action="store_true", help="one line a model")
-    args = parser.parse_args(args)
-    if reason := missing():
+def get_parser():
+    """Returns the parser of the command line."""
+    parser = Parser("stable_diffusion.parity.keras_cv", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=[*MODELS, "all"], default="all", help="default: all")
+    add("--size", type=parse_size, default=64, help="height of the images in pixels (default: 64)")
+    add("--seed", type=parse_seed, default=0, help="default: 0")
+    add("--summary", action="store_true", help="print one line for each model")
+    return parser
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit status."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if reason := explain_absence():
         parser.error(reason)
     if args.summary:
         print(f"{'model':20}{'layers':>7}{'parameters':>13}{'largest error':>15}{'of output':>11}")
     for model in MODELS if args.model == "all" else [args.model]:
-        rows, shapes, _ = compare(model, args.size, args.seed)
+        rows, shapes, _ = compare_model(model, args.size, args.seed)
         parameters = sum(math.prod(shape) for shape in shapes)
         errors = [error for _, _, error in rows]
         if args.summary:
@@ -186,7 +209,8 @@ def main(args=None):
             print(f"{model} ({parameters:,} parameters)")
             for name, shape, error in rows:
                 print(f"  {name:24}{str(shape):24}{error:.1e}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,7 @@ import pytest
 
 from stable_diffusion.parity import keras_cv as compare_keras_cv
 
-REASON = compare_keras_cv.missing()
+REASON = compare_keras_cv.explain_absence()
 
 
 class SkippedModule(pytest.Module):

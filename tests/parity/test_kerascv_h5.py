@@ -12,7 +12,7 @@ import pytest
 
 from stable_diffusion.checkpoints.kerascv import is_legacy
 from stable_diffusion.parity import keras_cv as compare_keras_cv
-from stable_diffusion.parity.keras_cv import build_pair, free_memory, random_inputs, relative_error
+from stable_diffusion.parity.keras_cv import build_pair, free_memory, make_inputs, relative_error
 
 PYTHON = os.environ.get("KERASCV2_PYTHON")
 SIZE, TOLERANCE = 64, 2e-5
@@ -59,7 +59,7 @@ def test_file_written_by_keras_2(model, tmp_path):
     name, arguments = compare_keras_cv.MODELS[model]
     sizes = {"height": SIZE, "width": 2 * SIZE, "tokens": compare_keras_cv.TOKENS}
     ours, theirs = build_pair(model, SIZE, 2 * SIZE)
-    values = random_inputs(ours, SIZE, np.random.default_rng(1))
+    values = make_inputs(ours, SIZE, np.random.default_rng(1))
     by_name = {spec.name: value for spec, value in zip(ours.inputs, values, strict=True)}
     values = values if len(values) > 1 else values[0]
     inputs, output, file = (tmp_path / name for name in ("inputs.npz", "output.npy", "x.h5"))

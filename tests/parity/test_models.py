@@ -43,7 +43,7 @@ def mark(model):  # a pair of UNets takes a minute: one is enough for every day
 @pytest.fixture(scope="module", params=map(mark, PARAMETERS))
 def compared(request):
     """The model's name, and both models compared once; they are freed before the tests."""
-    return request.param, compare_keras_cv.compare(request.param, SIZE, seed=0)
+    return request.param, compare_keras_cv.compare_model(request.param, SIZE, seed=0)
 
 
 def test_parameters_have_the_same_order_and_shapes(compared):
@@ -73,7 +73,7 @@ def test_gradients_of_all_parameters_of_the_unet_are_equal():
     rng = np.random.default_rng(0)
     ours, theirs = compare_keras_cv.build_pair("diffusion_model", SIZE, 2 * SIZE)
     compare_keras_cv.share_parameters(ours, theirs, rng)
-    *_, context = compare_keras_cv.random_inputs(ours, SIZE, rng)
+    *_, context = compare_keras_cv.make_inputs(ours, SIZE, rng)
     timesteps = rng.integers(0, 1000, len(context))
     x0, noise = rng.standard_normal((2, len(context), *ours.output_shape[1:]), dtype="float32")
     latent, target = diffuse(SD1.schedule, x0, noise, timesteps)

@@ -1,48 +1,54 @@
-"""The converter, on a tiny checkpoint: what each format holds when it has gone through."""
+"""`stable-diffusion-convert`, on a tiny checkpoint: each format holds what went in."""
 
-import convert_checkpoint
 import keras
 import numpy as np
 import pytest
-from helpers import check_equal, random_models
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.checkpoints import FORMATS, open_checkpoint
 from stable_diffusion.checkpoints.diffusers import save_diffusers
+from stable_diffusion.command import convert
 from stable_diffusion.config import COMPONENTS, TINY
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder in diffusers' layout, the pipeline that wrote it, and its parts."""
-    path = tmp_path_factory.mktemp("source") / "tiny"
-    models = random_models(TINY)
+    """A folder in diffusers' layout, a pipeline of it, and the models that were written."""
+    path, rng = tmp_path_factory.mktemp("source") / "tiny", np.random.default_rng(0)
+    pipeline = StableDiffusion(weights=None, jit_compile=False, config=TINY)
+    models = {component: getattr(pipeline, component) for component in COMPONENTS}
+    for model in models.values():
+        for variable in model.weights:
+            variable.assign(rng.normal(size=variable.shape).astype("float32"))
     save_diffusers(path, TINY, models, dtype="float32")
     return path, StableDiffusion(weights=path, jit_compile=False), models
 
 
 def run(*argv):
-    return convert_checkpoint.main([str(argument) for argument in argv])
+    return convert.main([str(argument) for argument in argv])
 
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "openvino"])
 def test_to_each_format(format, source, tmp_path, capsys):
     """Without a dtype nothing is rounded, and the config and the tokenizer come along."""
-    start, model, parts = source
+    start, model, models = source
     path = tmp_path / ("x.safetensors" if format == "original" else "x")
     assert run(start, path, "--format", format) == 0
     assert capsys.readouterr().out == f"{path}\n"
     found = StableDiffusion(weights=path, jit_compile=False)
     assert found.config == model.config
     assert found.tokenizer.vocab == model.tokenizer.vocab
-    for part in COMPONENTS:
-        check_equal(getattr(found, part), parts[part])
+    for component in COMPONENTS:
+        pairs = zip(getattr(found, component).weights, models[component].weights, strict=True)
+        for ours, theirs in pairs:
+            ours, theirs = map(ops.convert_to_numpy, (ours, theirs))
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.skipif(keras.backend.backend() == "openvino", reason="it is written there")
-def test_openvinos_takes_its_backend(source, tmp_path, capsys):
+def test_openvinos_needs_its_backend(source, tmp_path, capsys):
     assert run(source[0], tmp_path / "x", "--format", "openvino") == 2
     assert "written with KERAS_BACKEND=openvino" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -85,7 +91,7 @@ def test_lora(source, tmp_path):
     found = StableDiffusion(weights=tmp_path / "x", jit_compile=False).diffusion_model
     changed = ops.convert_to_numpy(found.weights[place])
     np.testing.assert_allclose(changed, kernel + 0.5 * (up @ down).T, rtol=1e-6, atol=1e-6)
-    assert convert_checkpoint.parse_lora(str(path)) == (str(path), 1.0)
+    assert convert.parse_lora(str(path)) == (str(path), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -101,4 +107,16 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
     assert run(start, tmp_path / "x", *options) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert error.startswith("stable-diffusion-convert: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_no_fault_of_the_arguments(source, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stable_diffusion.checkpoints.tensors.save_file", full)
+    assert run(source[0], tmp_path / "x") == 1
+    said = "stable-diffusion-convert: OSError: [Errno 28] No space left on device\n"
+    assert capsys.readouterr() == ("", said)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""scripts/finetune.py: runs, runs that are stopped, and what it refuses; and the other two scripts.
+"""`stable-diffusion-finetune`: runs, runs that are stopped, and what it refuses.
 
 The model is tiny. Its graphs would take longer to build than to run, so that it runs without.
 """
@@ -6,41 +6,44 @@ The model is tiny. Its graphs would take longer to build than to run, so that it
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import demo_finetune as demo
-import draw_character
-import finetune as script
 import keras
 import numpy as np
 import pytest
 from PIL import Image
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.files import WEIGHTS_DIR
+from stable_diffusion.command import finetune as command
 from stable_diffusion.training import callbacks, distribution
 from stable_diffusion.training.callbacks import CURVE
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 OPTIONS = ["--steps", "4", "--batch", "2", "--rate", "1e-2", "--dropout", "0.5"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn") / "pictures"
-    assert draw_character.main([str(folder), "--count", "3"]) == 0
-    (folder / "bad.png").write_bytes(b"no picture")
-    with open(folder / "metadata.jsonl", "a") as file:
+def images(tmp_path_factory):
+    """A folder of three images with captions, and a broken one."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    with open(folder / "metadata.jsonl", "w") as file:
+        for n, colour in enumerate(["red", "green", "blue"]):
+            image = Image.new("RGB", (128, 128), colour)
+            image.paste("white", tuple(int(x) for x in (*rng.uniform(8, 50, 2), 70, 80)))
+            image.save(folder / f"{n}.png")
+            row = {"file_name": f"{n}.png", "text": f"a blip on a {colour} background"}
+            file.write(json.dumps(row) + "\n")
+        (folder / "bad.png").write_bytes(b"no image")
         file.write('{"file_name": "bad.png", "text": "a blip"}\n')
     return folder
 
 
 @pytest.fixture
-def finetune(weights, pictures, monkeypatch):
+def finetune(weights, images, monkeypatch):
     """Runs the command on the tiny model; returns its exit status."""
     compiled = keras.Model.compile
 
@@ -50,11 +53,16 @@ def finetune(weights, pictures, monkeypatch):
     monkeypatch.setattr(keras.Model, "compile", compile)
     monkeypatch.delenv(distribution.PROCESSES, raising=False)
 
-    def run(*arguments, folder=pictures):
-        command = [str(folder), "--weights", str(weights), *OPTIONS, *map(str, arguments)]
-        return script.main(command)
+    def run(*arguments, folder=images):
+        given = [str(folder), "--weights", str(weights), *OPTIONS, *map(str, arguments)]
+        return command.main(given)
 
     return run
+
+
+def is_attention(path):
+    """Tells whether a variable is one of the kernels that get a LoRA by default."""
+    return re.search(r"/attn[12]/to_(q|k|v|out)/kernel$", path) is not None
 
 
 def losses(work):
@@ -81,17 +89,23 @@ def test_a_run_leaves_what_it_says(finetune, weights, tmp_path, capsys):
     preview = ["--preview", "a blip", "--preview", "a cat", "--preview-every", "2"]
     assert finetune("--method", "lora", "--out", out, *preview, "--preview-steps", "1") == 0
     said = capsys.readouterr().out
-    assert "bad.png can't be opened" in said and "3 pictures, 1 skipped" in said
+    assert "bad.png can't be opened" in said and "3 images, 1 skipped" in said
     assert len(losses(work)) == 4
     names = sorted(path.name for path in (work / "previews").iterdir())
     assert names == ["step_000000.png", "step_000002.png", "step_000004.png"]
     for path, size in ((work / "previews" / names[0], (128, 64)), (work / "loss.png", CURVE)):
-        with Image.open(path) as picture:
-            assert picture.size == size
+        with Image.open(path) as image:
+            assert image.size == size
     if find_spec("tensorboard"):
         assert list((work / "tensorboard").iterdir())
-    assert StableDiffusion(jit_compile=False, weights=weights).load_lora(out) is None
-    # What is finished isn't trained again, and more steps go on.
+    pipeline = StableDiffusion(jit_compile=False, weights=weights)
+    names = [weight.path for weight in pipeline.diffusion_model.weights]
+    start = pipeline.diffusion_model.get_weights()
+    pipeline.load_lora(out)
+    end = pipeline.diffusion_model.get_weights()
+    changed = {n for n, a, b in zip(names, start, end, strict=True) if (a != b).any()}
+    assert changed == set(filter(is_attention, names))
+    # What is finished is not trained again, and more steps go on.
     assert finetune("--method", "lora", "--out", out) == 0
     before = losses(work)
     assert finetune("--method", "lora", "--out", out, "--steps", "5") == 0
@@ -141,48 +155,55 @@ def test_a_killed_run_forgets_what_it_did_after_its_last_state(finetune, monkeyp
             raise Killed
 
     out, at_step = tmp_path / "lora.safetensors", callbacks.Log.at_step
-    command = ["--method", "lora", "--out", out, "--save-every", "2"]
+    given = ["--method", "lora", "--out", out, "--save-every", "2"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(callbacks.Log, "at_step", killed)
-        finetune(*command)
+        finetune(*given)
     work = Path(f"{out}.work")
     before = losses(work)
     assert len(before) == 3
-    assert finetune(*command) == 0
+    assert finetune(*given) == 0
     assert losses(work)[:3] == before and len(losses(work)) == 4
 
 
 @pytest.mark.large
-def test_dreambooth_draws_the_class_first(finetune, monkeypatch, tmp_path):
-    drawn = []
+def test_dreambooth_generates_the_class_first(finetune, monkeypatch, tmp_path):
+    generated = []
 
-    def draw(self, prompts, **options):
-        drawn.extend(prompts)
+    def generate(self, prompts, **options):
+        generated.extend(prompts)
         return np.zeros((len(prompts), 64, 64, 3), "uint8")
 
-    monkeypatch.setattr(StableDiffusion, "text_to_image", draw)
+    monkeypatch.setattr(StableDiffusion, "text_to_image", generate)
     out = tmp_path / "out.safetensors"
-    command = ["--method", "dreambooth", "--parameters", "lora", "--out", out]
-    known = ["--class-prompt", "a cat", "--class-prompt", "a dog", "--class-pictures", "5"]
-    assert finetune(*command, *known) == 0
-    assert drawn == ["a cat", "a dog", "a cat", "a dog", "a cat"]
+    given = ["--method", "dreambooth", "--parameters", "lora", "--out", out]
+    known = ["--class-prompt", "a cat", "--class-prompt", "a dog", "--class-images", "5"]
+    assert finetune(*given, *known) == 0
+    assert generated == ["a cat", "a dog", "a cat", "a dog", "a cat"]
     (folder,) = Path(f"{out}.work").glob("class-*")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in rows] == drawn
+    assert [row["text"] for row in rows] == generated
     (folder / "00003.png").unlink()
-    assert finetune(*command, *known, "--restart") == 0
-    assert drawn[5:] == ["a dog"]
+    assert finetune(*given, *known, "--restart") == 0
+    assert generated[5:] == ["a dog"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "textual-inversion"])
-def test_a_dry_run_counts(method, finetune, tmp_path, capsys):
+def test_a_dry_run_counts(method, finetune, weights, tmp_path, capsys):
     out = tmp_path / ("out" if method == "full" else "out.safetensors")
     new = ["--token", "blip", "--initializer", "cat"] if method == "textual-inversion" else []
     assert finetune("--method", method, "--out", out, "--dry-run", *new) == 0
     said = capsys.readouterr().out
-    assert "bad.png can't be opened" in said and "pictures: 3 usable, 1 skipped" in said
-    trained = {"full": "100.00 %", "lora": "(", "textual-inversion": "parameters: 16 of"}[method]
-    assert trained in said and "GiB optimizer" in said
+    assert "bad.png can't be opened" in said and "images: 3 usable, 1 skipped" in said
+    model = StableDiffusion(jit_compile=False, weights=weights).diffusion_model
+    whole = model.count_params()
+    halves = sum(4 * sum(w.shape) for w in model.weights if is_attention(w.path))  # rank 4
+    trained = {
+        "full": f"parameters: {whole:,} of {whole:,} are trained (100.00 %)",
+        "lora": f"parameters: {halves:,} of {whole + halves:,} are trained",
+        "textual-inversion": "parameters: 16 of",
+    }
+    assert trained[method] in said and "GiB optimizer" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -211,12 +232,12 @@ def test_what_cannot_be_is_said_in_one_line(arguments, message, finetune, tmp_pa
 
 def test_a_missing_caption_is_an_error(finetune, tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    command = ["--method", "lora", "--out", tmp_path / "x.safetensors"]
-    assert finetune(*command, folder=tmp_path) == 2
+    given = ["--method", "lora", "--out", tmp_path / "x.safetensors"]
+    assert finetune(*given, folder=tmp_path) == 2
     assert "1 of 1 pictures have no caption" in capsys.readouterr().err
     new = ["--method", "textual-inversion", "--token", "<x>", "--initializer", "cat"]
-    command = [*new, "--out", tmp_path / "x.safetensors", "--prompt", "a picture of a cat"]
-    assert finetune(*command, folder=tmp_path) == 2
+    given = [*new, "--out", tmp_path / "x.safetensors", "--prompt", "an image of a cat"]
+    assert finetune(*given, folder=tmp_path) == 2
     assert "lacks <x>" in capsys.readouterr().err
 
 
@@ -230,12 +251,13 @@ def test_several_devices_need_jax(finetune, tmp_path, capsys):
 
 DEVICES = """\
 import sys
-import finetune, keras
+import keras
+from stable_diffusion.command import finetune
 from stable_diffusion.training import distribution
 
 assert len(keras.distribution.list_devices()) == 4
 for kind in ([], ["--distribute", "data"], ["--distribute", "model", "--model-devices", "2"]):
-    build = finetune.build
+    build = finetune.build_method
     def check(args):
         method = build(args)
         if args.distribute == "model":
@@ -245,18 +267,18 @@ for kind in ([], ["--distribute", "data"], ["--distribute", "model", "--model-de
                 sharded += shards != {tuple(variable.shape)}
             assert sharded > 50, sharded
         return method
-    finetune.build = check
+    finetune.build_method = check
     out = sys.argv[1] + (kind[1] if kind else "one")
     assert finetune.main([*sys.argv[2:], "--out", out, "--batch", "4", *kind]) == 0
-    finetune.build = build
+    finetune.build_method = build
     keras.distribution.set_distribution(None)
 """
 
 
-def start(command, **environment):
+def start(arguments, **environment):
     environment = os.environ | {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"} | environment
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -274,33 +296,31 @@ def finish(*processes):
 
 
 @pytest.fixture
-def command(weights, pictures):
+def on_jax(weights, images):
     pytest.importorskip("jax")
     full = ["--method", "full", "--weights", weights, "--steps", "3", "--rate", "1e-3"]
-    return [pictures, *full, "--dropout", "0.5"]
+    return [images, *full, "--dropout", "0.5"]
 
 
 @pytest.mark.large
-def test_devices_have_the_losses_of_one(command, tmp_path):
-    (tmp_path / "devices.py").write_text(DEVICES)
-    command = [tmp_path / "devices.py", f"{tmp_path}/", *command]
+def test_devices_have_the_losses_of_one(on_jax, tmp_path):
     flags = "--xla_force_host_platform_device_count=4"
-    finish(start(command, XLA_FLAGS=flags, PYTHONPATH=str(SCRIPTS)))
+    finish(start(["-c", DEVICES, f"{tmp_path}/", *on_jax], XLA_FLAGS=flags))
     expected = losses(tmp_path / "one.work")
     assert losses(tmp_path / "data.work") == pytest.approx(expected, rel=1e-5)
     assert losses(tmp_path / "model.work") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.large
-def test_processes_have_the_losses_of_one(command, tmp_path):
-    command = [SCRIPTS / "finetune.py", *command, "--batch", "4"]
-    finish(start([*command, "--out", tmp_path / "one"]))
+def test_processes_have_the_losses_of_one(on_jax, tmp_path):
+    given = ["-m", "stable_diffusion.command.finetune", *on_jax, "--batch", "4"]
+    finish(start([*given, "--out", tmp_path / "one"]))
     variables = {
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{free_port()}",
         "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
     }
-    command += ["--out", tmp_path / "two", "--distribute", "data"]
-    finish(*(start(command, **variables, KERAS_DISTRIBUTION_PROCESS_ID=n) for n in "01"))
+    given += ["--out", tmp_path / "two", "--distribute", "data"]
+    finish(*(start(given, **variables, KERAS_DISTRIBUTION_PROCESS_ID=n) for n in "01"))
     expected = losses(tmp_path / "one.work")
     assert losses(tmp_path / "two.work") == pytest.approx(expected, rel=1e-5)
     one, two = (
@@ -317,26 +337,3 @@ def free_port():
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return opened.getsockname()[1]
-
-
-@pytest.mark.large
-def test_the_demonstration(monkeypatch, tmp_path, capsys):
-    """All of it, with two steps of two methods, on random pictures as data."""
-    for name in ("STEPS", "CLASS_SUBJECTS", "CLASS_PICTURES", "PAIRS"):
-        monkeypatch.setattr(demo, name, 2)
-    methods = {name: [*options, "--steps", "2"] for name, options in demo.METHODS.items()}
-    monkeypatch.setattr(demo, "METHODS", methods)
-    names = (WEIGHTS_DIR / "emoji" / "subjects.txt").read_text("utf-8").splitlines()
-    pictures = np.random.default_rng(0).integers(0, 256, (len(names), 128, 128, 4), "uint8")
-    np.savez(tmp_path / "emoji.npz", names=names, pictures=pictures)
-    command = ["--work", tmp_path / "runs", "--data", tmp_path / "emoji.npz"]
-    command += ["--picture", tmp_path / "picture.png", "--methods", "LoRA", "DreamBooth"]
-    assert demo.main([str(argument) for argument in command]) == 0
-    assert capsys.readouterr().out.count("MiB") == 4
-    trained, before, *after = json.loads((tmp_path / "runs" / "rows.json").read_text("utf-8"))
-    assert trained["distance"] < before["distance"]
-    assert [row["method"] for row in after] == ["LoRA", "DreamBooth"]
-    assert after[0]["bytes"] < 0.02 * after[1]["bytes"]
-    assert all(row["distance"] != before["distance"] and "top1" in row for row in after)
-    with Image.open(tmp_path / "picture.png") as image:
-        assert image.size == (8 * 128, 4 * 128)
