@@ -453,7 +453,8 @@ def test_a_pickle_is_never_run(tmp_path):
 def test_torch_file_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     write_ckpt(tmp_path / "x.ckpt", {})
-    with pytest.raises(ValueError, match="x.ckpt is a PyTorch file.*stable-diffusion-convert x.ckpt"):
+    said = "x.ckpt is a PyTorch file.*stable-diffusion-convert x.ckpt"
+    with pytest.raises(ValueError, match=said):
         StableDiffusion(weights=tmp_path / "x.ckpt")
 
 

@@ -77,6 +77,11 @@ def loads_legacy(module, folder):
     return all(map(np.array_equal, model.get_weights(), expected))
 
 
+def writes_a_png(module, folder):
+    module.write_png(folder / "x.png", np.zeros((2, 3, 3), "uint8"), {"prompt": "a cat"})
+    return module.read_text(folder / "x.png") == {"prompt": "a cat"}
+
+
 def solves_a_step(module, folder):
     """One step to alpha 1 is the clean latent that the model predicts."""
     levels = [(9, 0.5), (None, 1.0)]
@@ -136,9 +141,12 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "checkpoints.reader": lambda m, _: m.Reader(TINY).tokenizer().end_of_text == 49407,
     "checkpoints.tensors": lambda m, folder: refuses(m.open_safetensors, folder / "x.safetensors"),
     "clip_tokenizer": lambda m, _: m.SimpleTokenizer().encode("a") == [49406, 320, 49407],
+    "command.arguments": lambda m, _: m.make_number_type(int, 1, 9)("7") == 7,
     "command.convert": lambda m, _: shows_help(m.main),
     "command.finetune": lambda m, _: shows_help(m.main),
     "command.generate": lambda m, _: shows_help(m.main),
+    "command.png": writes_a_png,
+    "command.terminal": lambda m, _: m.run_command("x", lambda argv: m.FAILED) == m.FAILED,
     "config": lambda m, _: m.undo_departures(SD1).unet.norm_epsilon == 1e-6,
     "decoder": lambda m, _: (
         m.Decoder(64, 48, download_weights=False, config=FEW.vae)(ones(1, 8, 6, 4)).shape
