@@ -6,14 +6,9 @@ import pytest
 @pytest.fixture(scope="session")
 def few():
     """The `Config` of a model of few parameters, for training."""
-    from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
+    from helpers import FEW
 
-    return Config(
-        TextConfig(16, 1, 2, 32),
-        UNetConfig((16, 16), (2, 2), (True, False), 16, res_blocks=1, groups=8),
-        VAEConfig((8, 8, 8, 8), res_blocks=1, groups=4),
-        size=64,
-    )
+    return FEW
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,15 @@ from keras import ops
 
 from stable_diffusion import Decoder, DiffusionModel, ImageEncoder, StableDiffusion, TextEncoder
 from stable_diffusion.checkpoints.building import uninitialized
-from stable_diffusion.config import TINY, TINY_V2, undo_departures
+from stable_diffusion.config import (
+    TINY,
+    TINY_V2,
+    Config,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    undo_departures,
+)
 from stable_diffusion.files import WEIGHTS_DIR
 from stable_diffusion.parity.keras_cv import randomize as randomize
 from stable_diffusion.parity.keras_cv import relative_error as relative_error
@@ -47,6 +55,12 @@ MAKE = {
     "decoder": lambda c: Decoder(c.size, c.size, config=c.vae, download_weights=False),
     "image_encoder": lambda c: ImageEncoder(config=c.vae, download_weights=False),
 }
+FEW = Config(
+    TextConfig(16, 1, 2, 32),
+    UNetConfig((16, 16), (2, 2), (True, False), 16, res_blocks=1, groups=8),
+    VAEConfig((8, 8, 8, 8), res_blocks=1, groups=4),
+    size=64,
+)
 SMALL = replace(TINY, text=replace(TINY.text, vocab_size=600))
 THREE_STAGES = replace(
     undo_departures(SMALL),

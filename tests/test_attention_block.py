@@ -7,6 +7,8 @@ from keras import backend, ops
 from stable_diffusion import attention_block
 from stable_diffusion.attention_block import attend, attention
 
+pytestmark = pytest.mark.quick
+
 B, T, S, D, HEADS = 2, 5, 7, 24, 3
 # In half precision only inputs and output are rounded, to 11 and 8 bits.
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}

@@ -21,6 +21,8 @@ from stable_diffusion import files
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.files import WEIGHTS_DIR
 
+pytestmark = pytest.mark.quick
+
 VOCABULARY = WEIGHTS_DIR / "bpe_simple_vocab_16e6.txt.gz"
 GOLDEN = DATA / "clip_tokenizer_golden.json.gz"
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 README = Path(__file__).parent.parent / "README.md"
 PACKAGE = README.parent / "stable_diffusion"
 CORE = (  # what one reads to understand how an image is made

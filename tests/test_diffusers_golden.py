@@ -12,6 +12,8 @@ from keras import Model, ops
 
 from stable_diffusion.noise_scheduler import timestep_embedding
 
+pytestmark = pytest.mark.quick
+
 TOLERANCE = 5e-6  # of one model; up to 1.6e-6 is seen
 TRAJECTORY_TOLERANCE = 1e-5  # of four steps with guidance; 2.5e-6 is seen
 

@@ -12,6 +12,8 @@ from stable_diffusion.images import (
     quantize_pixels,
 )
 
+pytestmark = pytest.mark.quick
+
 GREEN = (0, 255, 0)
 
 

@@ -19,6 +19,8 @@ from stable_diffusion.noise_scheduler import (
     timestep_embedding,
 )
 
+pytestmark = pytest.mark.quick
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

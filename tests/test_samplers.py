@@ -15,6 +15,8 @@ from stable_diffusion import NoiseScheduler
 from stable_diffusion.noise_scheduler import NoiseLevel, Sampler, split_prediction
 from stable_diffusion.samplers import SAMPLERS, find_sampler
 
+pytestmark = pytest.mark.quick
+
 TOLERANCE = 2e-5
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 SPACINGS = {"linspace": 0, "leading": 1, "trailing": 0}

@@ -20,6 +20,8 @@ from stable_diffusion.training.data import (
 )
 from stable_diffusion.training.folder import Example
 
+pytestmark = pytest.mark.quick
+
 SCHEDULE = SD1.schedule
 SCALE = SD1.vae.scaling_factor
 

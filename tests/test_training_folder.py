@@ -7,6 +7,8 @@ from PIL import Image
 
 from stable_diffusion.training.folder import Example, View, list_views, read_folder
 
+pytestmark = pytest.mark.quick
+
 WHITE, GREEN = (255, 255, 255), (0, 255, 0)
 CENTRE = View(0.5, 0.5, False)
 

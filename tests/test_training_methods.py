@@ -252,8 +252,12 @@ def test_a_cache_is_keyed_by_content(pipeline, pictures, tmp_path):
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     assert len(files) == 3 * 2 + 3  # pictures and mirrored ones, captions
     one = cache.read_moments(examples[0], cache.list_views(examples[0])[0])
-    picture = np.asarray(Image.open(pictures / "0.png").resize((64, 64), box=(5, 0, 75, 70)))
-    assert one.shape == (8, 8, 8) and picture.shape == (64, 64, 3)
+    image = Image.open(pictures / "0.png")  # 80 pixels wide, 70 high
+    centre = image.resize((64, 64), Image.Resampling.LANCZOS, box=(5, 0, 75, 70))
+    encoder = pipeline.image_encoder
+    moments = keras.Model(encoder.inputs[0], encoder.layers[-2].output)
+    expected = moments(np.asarray(centre, "float32")[None] / 127.5 - 1)
+    assert one.shape == (8, 8, 8) and relative_error(one[None], expected) < TOLERANCE
 
     again = Cache(tmp_path, pipeline, flip=True)
     again.encode_examples(read_folder(pictures))

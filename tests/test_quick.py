@@ -1,0 +1,206 @@
+"""One call of every module, with a result that is known: `pytest -m quick` leaves no module out.
+
+The modules' own tests are elsewhere. A new module that defines a function or class needs a line
+here; the others, which are tables or collect names, only have to be importable.
+"""
+
+import ast
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from helpers import FEW, layers_of, relative_error, write_legacy
+from keras import ops
+
+import stable_diffusion
+from stable_diffusion import Decoder, StableDiffusion
+from stable_diffusion.config import SD1, TINY
+
+pytestmark = pytest.mark.quick
+PACKAGE = Path(stable_diffusion.__file__).parent
+
+
+def ones(*shape):
+    return np.ones(shape, "float32")
+
+
+@cache
+def pipeline():
+    return StableDiffusion(weights=None, jit_compile=False, config=FEW)
+
+
+def refuses(call, *arguments, **options):
+    """Tells whether a call raises a ValueError."""
+    with pytest.raises(ValueError):
+        call(*arguments, **options)
+    return True
+
+
+def shows_help(main):
+    """Tells whether a command shows its help and ends well."""
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    return exit.value.code == 0
+
+
+def saves_and_opens(format, folder):
+    """Tells whether a decoder is read back from the format that it was written in."""
+    module = import_module("stable_diffusion.checkpoints")
+    module.save_checkpoint(pipeline(), folder / "x", format)
+    reader = module.open_checkpoint(folder / "x", config=FEW)
+    found = reader.build("decoder", lambda **options: Decoder(64, 64, **options))
+    expected = pipeline().decoder.get_weights()
+    return all(map(np.array_equal, found.get_weights(), expected))
+
+
+def saves_an_embedding(module, folder):
+    module.save_embedding(folder / "x.safetensors", "<x>", ones(2, 15))  # the width should be 16
+    return refuses(module.load_embedding, pipeline(), folder / "x.safetensors")
+
+
+def undoes_a_change(module, folder):
+    changes, model = module.Changes(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    before = model.get_weights()[0]
+    changes.keep(model, 0, before)
+    model.weights[0].assign(2 * before + 1)
+    return changes.undo() == {model: 1} and np.array_equal(model.get_weights()[0], before)
+
+
+def loads_legacy(module, folder):
+    layers = layers_of(pipeline().decoder)
+    model = Decoder(64, 64, download_weights=False, config=FEW.vae)
+    module.load_legacy(model, write_legacy(folder / "x.h5", layers))
+    expected = [value for _, tensors in layers for _, value in tensors]
+    return all(map(np.array_equal, model.get_weights(), expected))
+
+
+def writes_a_png(module, folder):
+    module.write_png(folder / "x.png", np.zeros((2, 3, 3), "uint8"), {"prompt": "a cat"})
+    return module.read_text(folder / "x.png") == {"prompt": "a cat"}
+
+
+def solves_a_step(module, folder):
+    """One step to alpha 1 is the clean latent that the model predicts."""
+    levels = [(9, 0.5), (None, 1.0)]
+    steps = module.dpmpp_2m(lambda *_: (3 * ones(1), ones(1)), ones(1), levels, None)
+    return [(t, float(latent[0])) for t, latent, _ in steps] == [(9, pytest.approx(3))]
+
+
+def reads_a_log(module, folder):
+    (folder / "loss.csv").write_text("step,loss,learning_rate,images_per_second\n1,2.5,0.1,3\n")
+    return module.read_log(folder / "loss.csv")[0]["loss"] == 2.5
+
+
+def reads_a_folder(module, folder):
+    (folder / "a.png").touch()
+    (folder / "a.txt").write_text("a cat")
+    return [example.path.name for example in module.read_folder(folder)] == ["a.png"]
+
+
+def saves_a_state(module, folder):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    module.save_state(folder / "x.safetensors", model, 3)
+    return module.load_state(folder / "x.safetensors", model) == 3
+
+
+def decodes_in_strips(module, folder):
+    decoder, latent = pipeline().decoder, np.random.default_rng(0).normal(size=(1, 8, 8, 4))
+    latent = latent.astype("float32")
+    return (
+        relative_error(module.decode_in_strips(decoder, latent, 1, 10_000), decoder(latent)) < 1e-5
+    )
+
+
+CALLS = {  # module: function of the module and of an empty folder; it is true
+    "": lambda m, _: "StableDiffusion" in dir(m),
+    "adapters.embedding": saves_an_embedding,
+    "adapters.lora": lambda m, _: len(m.name_kernels(pipeline().diffusion_model)) > 30,
+    "attention_block": lambda m, _: np.allclose(
+        ops.convert_to_numpy(m.attend(ones(1, 2, 4), ones(1, 3, 4), ones(1, 3, 4), 2)), 1
+    ),
+    "block": lambda m, _: m.cut_model(pipeline().decoder, id) == id(pipeline().decoder),
+    "checkpoints.building": lambda m, _: m.empty((3, 5), "float16").ctypes.data % 64 == 0,
+    "checkpoints.changes": undoes_a_change,
+    "checkpoints.diffusers": lambda m, folder: saves_and_opens("diffusers", folder),
+    "checkpoints.diffusers_config": lambda m, _: (
+        len(m.config_files(FEW, {}, pipeline().tokenizer)) > 1
+    ),
+    "checkpoints.formats": lambda m, _: m.open_checkpoint("emoji").config.size == 128,
+    "checkpoints.hub": lambda m, _: refuses(m.find_repository, "hf://no-owner"),
+    "checkpoints.kerascv": loads_legacy,
+    "checkpoints.layout": lambda m, _: m.Layout({"no_layer": "x"}).slots(keras.Sequential()) == [],
+    "checkpoints.openvino": lambda m, folder: refuses(m.OpenVINOFolder, folder),
+    "checkpoints.original": lambda m, _: (
+        len(m.find_slots("decoder", pipeline().decoder, FEW)) == len(pipeline().decoder.weights)
+    ),
+    "checkpoints.reader": lambda m, _: m.Reader(TINY).tokenizer().end_of_text == 49407,
+    "checkpoints.tensors": lambda m, folder: refuses(m.open_safetensors, folder / "x.safetensors"),
+    "clip_tokenizer": lambda m, _: m.SimpleTokenizer().encode("a") == [49406, 320, 49407],
+    "command.arguments": lambda m, _: m.make_number_type(int, 1, 9)("7") == 7,
+    "command.convert": lambda m, _: shows_help(m.main),
+    "command.finetune": lambda m, _: shows_help(m.main),
+    "command.generate": lambda m, _: shows_help(m.main),
+    "command.png": writes_a_png,
+    "command.terminal": lambda m, _: m.run_command("x", lambda argv: m.FAILED) == m.FAILED,
+    "config": lambda m, _: m.undo_departures(SD1).unet.norm_epsilon == 1e-6,
+    "decoder": lambda m, _: (
+        m.Decoder(64, 48, download_weights=False, config=FEW.vae)(ones(1, 8, 6, 4)).shape
+        == (1, 64, 48, 3)
+    ),
+    "diffusion_model": lambda m, _: m.GEGLU(6)(ones(1, 2, 3)).shape == (1, 2, 6),
+    "files": lambda m, folder: refuses(m.find_file, folder, "../x"),
+    "image_encoder": lambda m, _: (
+        pipeline().image_encoder(ones(1, 16, 24, 3)).shape == (1, 2, 3, 4)
+    ),
+    "images": lambda m, _: (m.quantize_pixels(ones(1, 2, 2, 3)) == 255).all(),
+    "noise": lambda m, _: m.make_noise_source((2, 3, 4), 5, seed=0)().shape == (5, 2, 3, 4),
+    "noise_scheduler": lambda m, _: len(m.NoiseScheduler().levels(7)) == 8,
+    "padded_conv2d": lambda m, _: (
+        m.PaddedConv2D(5, 3, padding=2)(ones(1, 4, 4, 2)).shape == (1, 6, 6, 5)
+    ),
+    "parity.keras_cv": lambda m, _: m.relative_error(2 * ones(3), ones(3)) == 1,
+    "pretrained": lambda m, folder: refuses(pipeline().decoder.load_weights, folder / "no.h5"),
+    "resnet_block": lambda m, _: m.ResnetBlock(8, groups=2)(ones(1, 4, 4, 6)).shape == (1, 4, 4, 8),
+    "samplers": lambda m, _: m.find_sampler("ddim") is m.SAMPLERS["ddim"],
+    "samplers.deep_cache": lambda m, _: refuses(m.DeepCache, keras.Sequential(), 2),
+    "samplers.multistep": solves_a_step,
+    "stable_diffusion": lambda m, _: pipeline().tokenize("a")[:3] == [49406, 320, 49407],
+    "strips": decodes_in_strips,
+    "text_encoder": lambda m, _: pipeline().encode_text("a").shape == (1, 77, 16),
+    "training.cache": lambda m, _: (
+        m.fingerprint(pipeline().decoder) == m.fingerprint(pipeline().decoder)
+    ),
+    "training.callbacks": reads_a_log,
+    "training.data": lambda m, _: m.min_snr_weight(SD1.schedule, [0]) < 0.01,
+    "training.distribution": lambda m, _: m.initialize() == (0, 1),
+    "training.folder": reads_a_folder,
+    "training.methods": lambda m, _: refuses(m.LoRA, pipeline(), rank=0),
+    "training.optimizers": lambda m, _: refuses(m.make_optimizer, "best", 1e-3, 1),
+    "training.state": saves_a_state,
+}
+
+
+def list_modules():
+    """Yields the name of each module below the package, and whether it defines anything."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        name = name.removesuffix("__init__").removesuffix(".")
+        body = ast.parse(path.read_text("utf-8")).body
+        yield name, any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in body)
+
+
+def test_no_module_is_left_out():
+    modules = dict(list_modules())
+    assert {name for name, defines in modules.items() if defines} == set(CALLS)
+    for name in modules.keys() - {"__main__"}:  # which runs the command
+        import_module(f"stable_diffusion.{name}".rstrip("."))
+
+
+@pytest.mark.parametrize("module", CALLS)
+def test_one_call(module, tmp_path):
+    assert CALLS[module](import_module(f"stable_diffusion.{module}".rstrip(".")), tmp_path)
