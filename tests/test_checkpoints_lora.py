@@ -365,7 +365,7 @@ def refused(model, path, message, **options):
         ("unet.conv_in.lora_magnitude_vector.weight", "of the kind DoRA"),
         ("lora_unet_conv_in.hada_w1_a", "of the kind LoHa"),
         ("lora_unet_conv_in.lokr_w1", "of the kind LoKr"),
-        ("lora_unet_conv_in.lora_mid.weight", "of the kind LoCon with a third, inner tensor"),
+        ("lora_unet_conv_in.lora_mid.weight", "of the kind LoCon with a third matrix"),
     ],
 )
 def test_unsupported_kinds(name, message, shared, tmp_path):
@@ -452,7 +452,7 @@ def test_values_that_are_not_finite(value, shared, tmp_path):
     last[f"{KEY}.lora_A.weight"][0, 0] = value
     last[f"{KEY}.lora_B.weight"][:] = 100
     tensors = adapter(key="unet.conv_in", shape=(8, 4, 3, 3)) | last
-    message = r"is unchanged: with .*to_q.lora_B.weight, values are not finite in float32"
+    message = r"is unchanged: with .*to_q.lora_B.weight some values are not finite"
     refused(shared, save(tmp_path / "a.safetensors", tensors), message)
 
 

@@ -164,7 +164,9 @@ def _make_names(tokenizer, token, count):
         ValueError: one of them exists already, or `expand_tokens` would assign it to another token.
     """
     if not isinstance(token, str) or not token or token != token.strip():
-        raise ValueError(f"token must be a str without spaces around it, not {token!r}.")
+        raise ValueError(
+            f"token must be a str that is not empty, without spaces around it, not {token!r}."
+        )
     tokens = [token, *(f"{token}_{n}" for n in range(1, count))]
     # One name more than vectors: if that exists, `expand_tokens` would add it to this token.
     if known := [name for name in (*tokens, f"{token}_{count}") if name in tokenizer.encoder]:
