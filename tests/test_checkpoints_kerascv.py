@@ -262,7 +262,7 @@ def test_only_ten_differences_are_listed(tmp_path):
         ("vae_encoder.h5", "vae_encoder.h5, the VAE's image encoder."),
         ("text_encoder_v2_1.h5", "text_encoder_v2_1.h5, the text encoder of Stable Diffusion 2."),
         ("diffusion_model_v2_1.h5", "diffusion_model_v2_1.h5, the diffusion model of Stable Diff"),
-        ("inpainting", "an inpainting diffusion model, which takes 9 channels."),
+        ("inpainting", "an inpainting diffusion model, which has 9 channels of input."),
     ],
 )
 def test_which_published_file_it_looks_like(file, looks, tmp_path):
