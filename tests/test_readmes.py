@@ -2,9 +2,9 @@
 
 Blocks of Python run, each in a folder of its own. Blocks of commands (```sh) are parsed by the
 commands' own parsers, and the commands in `RUN` also run. To be quick, both run on the embedded
-checkpoint with at most `FEW_STEPS` steps. A block after the comment `<!-- parse only -->` is only
-parsed: it needs hours, a network, another backend or a file that is not there. Commands in the
-text, and behind `$` in blocks of output, are parsed, too.
+checkpoint with at most `FEW_STEPS` steps, which run eagerly. A block after the comment
+`<!-- parse only -->` is only parsed: it needs hours, a network, another backend or a file that is
+not there. Commands in the text, and behind `$` in blocks of output, are parsed, too.
 """
 
 import argparse
@@ -56,8 +56,14 @@ RUN = {  # commands that run: what is added to their arguments, where the last v
     "stable-diffusion-finetune": ["--steps", str(FEW_STEPS), "--preview-steps", str(FEW_STEPS)],
     "scripts/character/draw_character.py": [],
 }
-SLOW = "stable-diffusion-finetune"  # blocks with this command are large
+SLOW = ("stable-diffusion-finetune", ".fit(")  # blocks with one of these are large
 BACKENDS = ("tensorflow", "jax", "torch", "openvino")
+VARIABLES = {  # of the environment
+    "KERAS_BACKEND",
+    "KERAS_DISTRIBUTION_JOB_ADDRESSES",
+    "KERAS_DISTRIBUTION_NUM_PROCESSES",
+    "KERAS_DISTRIBUTION_PROCESS_ID",
+}
 FOREIGN = {"train_text_to_image_lora.py"}  # files of other projects
 
 
@@ -141,11 +147,11 @@ def parse_script(path, arguments, monkeypatch):
     tree = ast.parse(path.read_text("utf-8"))
     imported = {
         name.split(".")[0]
-        for node in ast.walk(tree)
+        for node in tree.body
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else _names(node))
     }
-    if "torch" in imported and not importlib.util.find_spec("torch"):
+    if "torch" in imported and not importlib.util.find_spec("torch"):  # then only its options
         known = {
             argument.value
             for node in ast.walk(tree)
@@ -186,10 +192,13 @@ def parse_module(module, argv, monkeypatch):
 
 def check_command(words, monkeypatch):
     """Checks that a command of this project exists and has these arguments."""
-    while "=" in words[0]:
-        name, value = words[0].split("=")
-        assert name == "KERAS_BACKEND" and value in BACKENDS, words[0]
+    words = words[1:] if words[0] == "export" else words
+    while words and (variable := re.fullmatch(r"([A-Z_]+)=(.+)", words[0])):
+        assert variable[1] in VARIABLES, f"unknown variable: {variable[1]}"
+        assert variable[1] != "KERAS_BACKEND" or variable[2] in BACKENDS, words[0]
         words = words[1:]
+    if not words:
+        return
     first, *arguments = words
     if first in COMMANDS:
         assert first in PROJECT["project"]["scripts"]
@@ -247,8 +256,8 @@ def test_commands_are_parsed(readme, monkeypatch, capsys):
     for words in list_commands(readme):
         try:
             check_command(words, monkeypatch)
-        except SystemExit:
-            pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+        except SystemExit as end:  # of status 0 after --help
+            assert not end.code, f"{shlex.join(words)}: {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize(
@@ -264,6 +273,8 @@ def test_commands_are_parsed(readme, monkeypatch, capsys):
         "pytest -m nothing",
         "pytest tests/nothing.py",
         "apple",
+        "KERAS_BACKEND=jaxx stable-diffusion apple",
+        "export PYTHONPATH=.",
     ],
 )
 def test_wrong_commands_are_found(command, monkeypatch):
@@ -292,7 +303,7 @@ def supplies(tmp_path_factory):
 
 @pytest.fixture
 def workplace(supplies, tmp_path, monkeypatch):
-    """An own copy of `supplies` as the current folder, where the pipeline takes few steps."""
+    """A copy of `supplies` as the current folder; the pipeline takes few steps, eagerly."""
     folder = tmp_path / "workplace"
     shutil.copytree(supplies, folder)
     monkeypatch.chdir(folder)
@@ -305,7 +316,15 @@ def workplace(supplies, tmp_path, monkeypatch):
         bound.arguments["num_steps"] = min(bound.arguments["num_steps"], FEW_STEPS)
         return whole(*bound.args, **bound.kwargs)
 
+    build = StableDiffusion._build
+
+    def build_eager(self, component, make):
+        model = build(self, component, make)
+        model.run_eagerly = True
+        return model
+
     monkeypatch.setattr(StableDiffusion, "generate_latents", generate_latents)
+    monkeypatch.setattr(StableDiffusion, "_build", build_eager)
     return folder
 
 
@@ -323,7 +342,8 @@ def run_command(words):
 
 
 def mark_slow(block):
-    return pytest.param(block, id=str(block), marks=[pytest.mark.large] * (SLOW in block.text))
+    slow = not block.parse_only and any(word in block.text for word in SLOW)
+    return pytest.param(block, id=str(block), marks=[pytest.mark.large] * slow)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +362,7 @@ def test_commands_run(block, workplace, capsys):
     assert any(ran)
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=str)
+@pytest.mark.parametrize("block", [mark_slow(block) for block in PYTHON])
 def test_python_runs(block, workplace, capsys):
     code = compile(block.text, str(block), "exec")
     if not block.parse_only:
@@ -462,7 +482,7 @@ def list_references(readme):
     """Yields `(file, name)` of "[x.py](x.py): `name`, `name`" and "`name` and `name` in `x.py`"."""
     _, outside = read_blocks(readme)
     names = r"`[A-Za-z_][\w.]*`(?:(?:,| and|, and) `[A-Za-z_][\w.]*`)*"
-    files = r"`[\w./]+\.py`(?:(?:,| and) `[\w./]+\.py`)*"
+    files = r"`[\w./]+\.py`(?: and `[\w./]+\.py`)*"
     text = " ".join(outside.split())
     for file, listed in re.findall(rf"\[[\w.]+\]\(([\w./]+\.py)\): ({names})", text):
         for name in re.findall(r"`([^`]+)`", listed):
