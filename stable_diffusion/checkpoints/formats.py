@@ -125,7 +125,7 @@ def _find_reader(weights, config, version, ema):
         repository, file = hub.find_repository(str(weights))
         if not file:
             return HubFolder(repository)
-        weights = repository.fetch(file)
+        weights = repository.fetch_file(file)
     path = EMBEDDED[weights] if weights in EMBEDDED else Path(weights or "")
     if ema and not is_single_file(path):
         raise ValueError(
