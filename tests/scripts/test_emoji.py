@@ -1,4 +1,4 @@
-"""The embedded checkpoint, and scripts/train_emoji.py, which makes one.
+"""The embedded checkpoint, and scripts/emoji/first/train_emoji.py, which makes one.
 
 The checkpoint draws what it is asked for and is small. The script is tested with a model of few
 parameters, on synthetic pictures, without graphs, which take longer to build than to save here.
@@ -12,9 +12,9 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+import train_emoji as script
 from safetensors.numpy import load_file
 
-import train_emoji as script
 from stable_diffusion import Decoder, ImageEncoder, SimpleTokenizer, StableDiffusion
 from stable_diffusion.checkpoints import open_checkpoint
 from stable_diffusion.command.generate import find_unseen_words
