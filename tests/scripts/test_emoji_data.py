@@ -1,4 +1,4 @@
-"""Tests of scripts/emoji/first/emoji_data.py on small synthetic pictures; no font is read or downloaded."""
+"""Tests of emoji_data.py on small synthetic pictures; no font is read or downloaded."""
 
 import subprocess
 import sys

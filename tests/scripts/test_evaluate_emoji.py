@@ -1,4 +1,4 @@
-"""Tests of scripts/emoji/first/evaluate_emoji.py: its metrics on synthetic pictures, and the whole of it.
+"""Tests of evaluate_emoji.py: its metrics on synthetic pictures, and the whole of it.
 
 The references are a few shapes, not emoji; nothing is trained or downloaded.
 """
