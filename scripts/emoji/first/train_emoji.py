@@ -13,7 +13,7 @@ given again. `--out` gets the result, a diffusers folder, with two lists beside 
 subjects.txt (what it draws) and words.txt (what it was told). Training goes on from such a folder,
 with a new optimizer, by
 
-    python scripts/emoji/first/train_emoji.py emoji.npz --init weights/emoji --work runs/more --out x
+    python scripts/emoji/first/train_emoji.py emoji.npz --init weights/emoji --work runs --out new
 
 Each step is compiled: by XLA with KERAS_BACKEND=tensorflow, the default, which suits a CPU best.
 
