@@ -292,7 +292,7 @@ def repository(server, made):
 
 def asked(server):
     """Names of the files that were downloaded since the last time."""
-    names = {file for method, file, _ in server.requests if method == "GET"}
+    names = {file for method, file, _ in server.requests if method == "GET" and file}
     server.requests.clear()
     return names
 
