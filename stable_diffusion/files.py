@@ -1,4 +1,4 @@
-"""Files and folders: found where they are allowed to be, written whole or not at all."""
+"""Files and folders: finds files safely, and replaces a file or folder as a whole or not at all."""
 
 import os
 import shutil
@@ -11,15 +11,19 @@ WEIGHTS_DIR = (_PACKAGE if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent)
 
 
 def find_file(folder, name):
-    """Returns the path of a file of a folder, or None if there is no such file.
+    """Returns the path of a file in a folder, or None if there is no such file.
+
+    The name may come from a file of unknown origin, such as an index in a checkpoint. It must not
+    lead out of the folder. Links into the `blobs` folder beside a snapshot are accepted, because
+    the cache of huggingface_hub consists of such links.
 
     Args:
-        folder: path of the checkpoint's folder.
-        name: path of the file in it, as a checkpoint may say: a text of unknown origin.
+        folder: path of the folder.
+        name: path of the file, relative to the folder.
 
     Raises:
-        ValueError: the name is absolute or leads out of the folder, by itself or through a link.
-            Links into the `blobs` beside a snapshot, as in huggingface_hub's cache, are in order.
+        ValueError: the name is empty or absolute, or it leads out of the folder, either by itself
+            or through a link.
     """
     folder, name = Path(folder), str(name)
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -39,44 +43,56 @@ def _is_snapshot(folder):
 
 
 @contextmanager
-def new_file(path):
-    """Gives the path of a temporary file that takes the place of `path` if nothing goes wrong."""
+def replace_file(path):
+    """Yields a temporary path to write to, and moves that file to `path` at the end.
+
+    After an error nothing is moved, and the temporary file is removed. So readers see the old file
+    or the whole new one.
+
+    Args:
+        path: path of a file, which may exist.
+    """
     path = Path(path)
     written = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield written
-        os.chmod(written, 0o666 & ~_umask())  # what a library writes can be for the owner alone
+        # Some libraries write files that only the owner can read.
+        os.chmod(written, 0o666 & ~_read_umask())
         os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)
 
 
 @contextmanager
-def new_folder(folder, mark):
-    """Gives the path of a temporary folder that takes the place of `folder` in the end.
+def replace_folder(folder, mark):
+    """Yields a temporary folder to write to, and moves it to `folder` at the end.
 
-    Of a checkpoint that was there before, files that lie beside `mark` are kept (a README, a
-    licence) unless the new one has them, and subfolders are not.
+    After an error nothing is moved, and the temporary folder is removed. If an older checkpoint is
+    replaced, the files beside its `mark` are kept (a README, a licence), unless the new checkpoint
+    has files of the same names. Subfolders of the older one are removed.
 
     Args:
-        folder: path of a folder that doesn't exist, is empty, or has the file or folder `mark`.
-        mark: name in it that tells a checkpoint of this format.
+        folder: path of a folder that does not exist, is empty, or contains `mark`.
+        mark: name of a file or subfolder that every checkpoint of this format has.
 
     Raises:
-        ValueError: a folder of something else, which is left alone.
+        ValueError: the folder contains something else. It is not changed.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (
         folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
     ):
-        raise ValueError(f"{folder} is no checkpoint of this format; it isn't replaced.")
+        raise ValueError(
+            f"{folder} is no checkpoint of this format, and isn't replaced. Pass a path that "
+            f"doesn't exist, an empty folder, or a folder with {mark}."
+        )
     written = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         written.mkdir(parents=True)
         yield written
         for path in written.rglob("*"):
-            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
+            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_read_umask())
         if folder.exists():
             for old in folder.iterdir():
                 if old.is_file() and not (written / old.name).exists():
@@ -94,7 +110,7 @@ def new_folder(folder, mark):
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _umask():
-    mask = os.umask(0)
+def _read_umask():
+    mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask

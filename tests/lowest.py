@@ -24,18 +24,6 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings this along
 ROOT = Path(__file__).resolve().parents[1]
 EXTRA = "test"
 QUICK = ["-m", "quick"]
-QUICK_FILES = [  # until tests have the marker
-    "tests/test_clip_tokenizer.py",
-    "tests/test_checkpoints_hub.py",
-    "tests/test_checkpoints_tensors.py",
-    "tests/test_noise_scheduler.py",
-    "tests/test_config.py",
-    "tests/test_code_lines.py",
-    "tests/test_training_pictures.py",
-    "tests/test_attention_block.py",
-    "tests/command/test_arguments.py",
-    "tests/command/test_convert.py",
-]
 REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,\s-]+)\])?\s*([^;]*)")  # name, extras, versions
 
 
@@ -71,8 +59,7 @@ def main(argv=None):
     parser.add_argument("pytest", nargs="*", help="arguments of pytest (default: -m quick)")
     args = parser.parse_args(argv)
     with open(ROOT / "pyproject.toml", "rb") as file:
-        settings = tomllib.load(file)
-    constraints = list_constraints(settings["project"])
+        constraints = list_constraints(tomllib.load(file)["project"])
     print(*constraints, sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -81,9 +68,7 @@ def main(argv=None):
         python = work / "venv" / "bin" / "python"
         install = ["-m", "pip", "install", "--quiet", "-c", work / "constraints.txt"]
         subprocess.run([python, *install, "-e", f"{ROOT}[{EXTRA}]"], check=True)
-        markers = settings["tool"]["pytest"]["ini_options"]["markers"]
-        quick = QUICK if any(marker.startswith("quick") for marker in markers) else QUICK_FILES
-        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(args.pytest or quick)]
+        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(args.pytest or QUICK)]
         return subprocess.run([python, *tests], cwd=ROOT).returncode
 
 

@@ -200,8 +200,8 @@ def test_saved_and_loaded_again(model, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "must have one tensor to be an embedding; it has 0"),
-        ({"<a>": vectors(), "<b>": vectors()}, r"it has 2 \(<a>, <b>\)"),
+        ({}, "must have one tensor to be an embedding, not 0"),
+        ({"<a>": vectors(), "<b>": vectors()}, r"not 2 \(<a>, <b>\)"),
         ({"clip_l": vectors(), "clip_g": vectors()}, "two text encoders of Stable Diffusion XL"),
         ({"clip_l": vectors()}, "two text encoders of Stable Diffusion XL"),
         ({"<a>": vectors(width=32)}, "is for a text encoder of width 32, not 16"),
@@ -211,8 +211,8 @@ def test_saved_and_loaded_again(model, tmp_path):
         ({"<a>": vectors().astype("int32")}, r"float vectors, .* not <a> \(2, 16\) of I32"),
         ({"<a>": vectors() * np.nan}, "values that are not finite in float32"),
         ({"<a>": vectors().astype("float64") * 1e300}, "values that are not finite in float32"),
-        ({"in": vectors()}, "knows 'in' already"),
-        ({" a": vectors()}, "token must be a str, not empty nor space-padded, not ' a'"),
+        ({"in": vectors()}, "has 'in' already"),
+        ({" a": vectors()}, "token must be a str .* without spaces around it, not ' a'"),
     ],
 )
 def test_files_that_do_not_fit(tensors, message, model, tmp_path):
@@ -231,23 +231,23 @@ def test_files_of_something_else(model):
     [
         ("", "token must be a str"),
         (3, "token must be a str"),
-        ("<|endoftext|>", "knows '<|endoftext|>' already"),
-        ("a", "knows 'a' already"),
-        ("<cat>", "knows '<cat>' already"),
-        ("<cat>_2", "knows '<cat>_2' already"),
-        ("<cat>_3", "would be a vector of the token '<cat>'"),
-        ("sks", "knows 'sks_3' already"),
+        ("<|endoftext|>", "has '<|endoftext|>' already"),
+        ("a", "has 'a' already"),
+        ("<cat>", "has '<cat>' already"),
+        ("<cat>_2", "has '<cat>_2' already"),
+        ("<cat>_3", "is a name for a vector of the token '<cat>'"),
+        ("sks", "has 'sks_3' already"),
     ],
 )
 def test_tokens(token, message, model):
     load_embedding(model, EMBEDDING)
     model.tokenizer.add_tokens("sks_3")
-    refused(model, GOLDEN, message.replace("|", r"\|"), token=token)
+    refused(model, EMBEDDING, message.replace("|", r"\|"), token=token)
 
 
 def test_a_vocabulary_that_is_larger_than_the_table(model):
     model._tokenizer = SimpleTokenizer()
-    refused(model, GOLDEN, "The tokenizer has 49408 tokens, the text encoder only 1000")
+    refused(model, EMBEDDING, "The tokenizer has 49408 tokens, but the text encoder has only 1000")
 
 
 def test_other_classes(model):
@@ -265,7 +265,7 @@ def test_pickles_are_not_opened(name, model, tmp_path):
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_truncated_files(size, model, tmp_path):
     path = tmp_path / "a.safetensors"
-    path.write_bytes(GOLDEN.read_bytes()[:size])
+    path.write_bytes(EMBEDDING.read_bytes()[:size])
     refused(model, path, r"a\.safetensors is no intact safetensors file")
 
 

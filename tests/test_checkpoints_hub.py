@@ -355,4 +355,4 @@ def test_a_repository_that_changes_meanwhile(server, repository):
     found, _ = hub.find_repository(f"hf://{REPO}")
     found.commit = "f" * 40  # as listed before a new one came
     with pytest.raises(ValueError, match="hf://owner/tiny has changed while it was read"):
-        found.fetch("vae/config.json")
+        found.fetch_file("vae/config.json")

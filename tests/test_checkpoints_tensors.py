@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from stable_diffusion.checkpoints.kerascv import load_h5, save_legacy
 from stable_diffusion.checkpoints.layout import Layout
 from stable_diffusion.checkpoints.tensors import SafetensorsFiles, load_tensors
-from stable_diffusion.files import find_file, new_file, new_folder
+from stable_diffusion.files import find_file, replace_file, replace_folder
 
 SECONDS, BYTES = 2.0, 30e6  # that an error may take; the files here have a few kB
 LAYOUT = Layout(names={"first": "one", "second": "two"})
@@ -43,7 +43,7 @@ def content(model, tmp_path):
     """The bytes of a file that fits the model."""
     tensors = {
         slot.name: np.random.default_rng(i).standard_normal(slot.shape).astype("float32")
-        for i, slot in enumerate(LAYOUT.slots(model))
+        for i, slot in enumerate(LAYOUT.find_slots(model))
     }
     save_file(tensors, tmp_path / "good.safetensors")
     return (tmp_path / "good.safetensors").read_bytes()
@@ -66,7 +66,7 @@ def values(model):
 
 
 def load_safetensors(model, path):
-    load_tensors("model", LAYOUT.slots(model), SafetensorsFiles(path), LAYOUT)
+    load_tensors("model", LAYOUT.find_slots(model), SafetensorsFiles(path), LAYOUT)
 
 
 def check_refused(model, path, match="x.safetensors"):
@@ -149,7 +149,7 @@ def test_changed_bytes_of_the_header(model, content, tmp_path):
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 def test_no_floats(dtype, model, content, tmp_path):
     path = tmp_path / "x.safetensors"
-    save_file({s.name: np.ones(s.shape, dtype) for s in LAYOUT.slots(model)}, path)
+    save_file({s.name: np.ones(s.shape, dtype) for s in LAYOUT.find_slots(model)}, path)
     check_refused(model, path, r"unchanged: 4 not float \(one.bias ")
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_vanishes_midway(model, content, tmp_path):
     source = SafetensorsFiles(path)
     path.write_bytes(content[:-8])
     with pytest.raises(ValueError, match="can't be read: .* All parameters of the model are NaN"):
-        load_tensors("model", LAYOUT.slots(model), source, LAYOUT)
+        load_tensors("model", LAYOUT.find_slots(model), source, LAYOUT)
     assert all(np.isnan(value).all() for value in values(model))
 
 
@@ -266,11 +266,11 @@ def test_links_of_the_hubs_cache(tmp_path):
 def test_new_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
-    with pytest.raises(RuntimeError), new_file(path) as written:
+    with pytest.raises(RuntimeError), replace_file(path) as written:
         Path(written).write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with new_file(path) as written:
+    with replace_file(path) as written:
         Path(written).write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
     umask = os.umask(0)
@@ -280,15 +280,15 @@ def test_new_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "model"
-    with new_folder(folder, "mark") as written:
+    with replace_folder(folder, "mark") as written:
         (written / "mark").write_text("old")
         (written / "unet").mkdir()
     (folder / "README.md").write_text("kept")
-    with pytest.raises(RuntimeError), new_folder(folder, "mark") as written:
+    with pytest.raises(RuntimeError), replace_folder(folder, "mark") as written:
         (written / "mark").write_text("half")
         raise RuntimeError
     assert (folder / "mark").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
-    with new_folder(folder, "mark") as written:
+    with replace_folder(folder, "mark") as written:
         (written / "mark").write_text("new")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "mark": "new",
@@ -297,5 +297,5 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("dear")
     with pytest.raises(ValueError, match="is no checkpoint of this format"):
-        with new_folder(tmp_path / "letters", "mark"):
+        with replace_folder(tmp_path / "letters", "mark"):
             pass

@@ -64,9 +64,11 @@ def saves_an_embedding(module, folder):
 def undoes_a_change(module, folder):
     changes, model = module.Changes(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     before = model.get_weights()[0]
-    changes.keep(model, 0, before)
+    changes.keep_original(model, 0, before)
     model.weights[0].assign(2 * before + 1)
-    return changes.undo() == {model: 1} and np.array_equal(model.get_weights()[0], before)
+    return changes.restore_originals() == {model: 1} and np.array_equal(
+        model.get_weights()[0], before
+    )
 
 
 def loads_legacy(module, folder):
@@ -124,16 +126,18 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
         ops.convert_to_numpy(m.attend(ones(1, 2, 4), ones(1, 3, 4), ones(1, 3, 4), 2)), 1
     ),
     "block": lambda m, _: m.cut_model(pipeline().decoder, id) == id(pipeline().decoder),
-    "checkpoints.building": lambda m, _: m.empty((3, 5), "float16").ctypes.data % 64 == 0,
+    "checkpoints.building": lambda m, _: m.allocate_array((3, 5), "float16").ctypes.data % 64 == 0,
     "checkpoints.changes": undoes_a_change,
     "checkpoints.diffusers": lambda m, folder: saves_and_opens("diffusers", folder),
     "checkpoints.diffusers_config": lambda m, _: (
-        len(m.config_files(FEW, {}, pipeline().tokenizer)) > 1
+        len(m.make_config_files(FEW, {}, pipeline().tokenizer)) > 1
     ),
     "checkpoints.formats": lambda m, _: m.open_checkpoint("emoji").config.size == 128,
     "checkpoints.hub": lambda m, _: refuses(m.find_repository, "hf://no-owner"),
     "checkpoints.kerascv": loads_legacy,
-    "checkpoints.layout": lambda m, _: m.Layout({"no_layer": "x"}).slots(keras.Sequential()) == [],
+    "checkpoints.layout": lambda m, _: (
+        m.Layout({"no_layer": "x"}).find_slots(keras.Sequential()) == []
+    ),
     "checkpoints.openvino": lambda m, folder: refuses(m.OpenVINOFolder, folder),
     "checkpoints.original": lambda m, _: (
         len(m.find_slots("decoder", pipeline().decoder, FEW)) == len(pipeline().decoder.weights)
@@ -173,11 +177,11 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "strips": decodes_in_strips,
     "text_encoder": lambda m, _: pipeline().encode_text("a").shape == (1, 77, 16),
     "training.cache": lambda m, _: (
-        m.fingerprint(pipeline().decoder) == m.fingerprint(pipeline().decoder)
+        m.hash_parameters(pipeline().decoder) == m.hash_parameters(pipeline().decoder)
     ),
     "training.callbacks": reads_a_log,
-    "training.data": lambda m, _: m.min_snr_weight(SD1.schedule, [0]) < 0.01,
-    "training.distribution": lambda m, _: m.initialize() == (0, 1),
+    "training.data": lambda m, _: m.compute_snr_weights(SD1.schedule, [0]) < 0.01,
+    "training.distribution": lambda m, _: m.join_processes() == (0, 1),
     "training.folder": reads_a_folder,
     "training.methods": lambda m, _: refuses(m.LoRA, pipeline(), rank=0),
     "training.optimizers": lambda m, _: refuses(m.make_optimizer, "best", 1e-3, 1),

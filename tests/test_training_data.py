@@ -13,9 +13,9 @@ from stable_diffusion.training.data import (
     NoisyLatents,
     StepLoss,
     Stream,
+    compute_snr_weights,
     denoising_loss,
     make_targets,
-    min_snr_weight,
     sample_posterior,
 )
 from stable_diffusion.training.folder import Example
@@ -32,14 +32,14 @@ class FakeCache:
     pipeline = SimpleNamespace(config=SD1)
     log_variance = -30.0  # no variance to speak of
 
-    def views(self, example):
+    def list_views(self, example):
         return [None]
 
-    def moments(self, example, view):
+    def read_moments(self, example, view):
         mean = np.full((2, 2, 4), float(example.path), "float32")
         return np.concatenate([mean, np.full_like(mean, self.log_variance)], axis=-1)
 
-    def context(self, text):
+    def read_context(self, text):
         return np.full((77, 8), float(len(text)), "float32")
 
 
@@ -78,7 +78,7 @@ def test_min_snr_weighs_x0_by_the_lesser_of_snr_and_gamma():
     of_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones(1000)}
     for kind, own in of_x0.items():
         schedule = replace(SCHEDULE, prediction_type=kind)
-        weight = min_snr_weight(schedule, timesteps, 5.0)
+        weight = compute_snr_weights(schedule, timesteps, 5.0)
         np.testing.assert_allclose(weight * own, np.minimum(snr, 5), rtol=1e-12)
 
 

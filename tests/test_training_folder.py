@@ -52,16 +52,16 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
 
     with pytest.raises(ValueError, match="no folder"):
         read_folder(tmp_path / "missing")
-    fails("has no pictures")
+    fails("has no images")
     save(tmp_path / "a.png")
     save(tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("a cat")
-    fails(r"1 of 2 pictures have no caption in a .txt beside it: b.png\.")
+    fails(r"1 of 2 images have no caption in a .txt file beside them: b.png\.")
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_text('{"file_name": "a.png", "text": "a cat"}')
     fails(r"no caption in metadata.jsonl: b.png\.")
     metadata.write_text('{"file_name": "c.png", "text": "a cat"}')
-    fails("entry 1 names 'c.png', which isn't there")
+    fails("entry 1 names 'c.png', which doesn't exist")
     metadata.write_text('{"file_name": "../c.png", "text": "a cat"}')
     fails("leads out of it")
     metadata.write_text('{"file_name": "a.png"}')

@@ -50,7 +50,7 @@ def pipeline(weights):
 def train(method, pictures, folder, steps=2, first_step=0, callbacks=()):
     """Takes some steps; returns the loss of each."""
     cache = Cache(folder / "cache", method.pipeline)
-    examples, broken = cache.encode(read_folder(pictures), texts=method.tokenize is None)
+    examples, broken = cache.encode_examples(read_folder(pictures), texts=method.tokenize is None)
     assert not broken
     data = NoisyLatents(
         cache,
@@ -133,7 +133,7 @@ def test_lora(targets, keys, weights, pictures, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, "rank must be an int from 1, not 0"),
+        ({"rank": 0}, "rank must be an int of 1 or more, not 0"),
         ({"alpha": -1.0}, "alpha must be above 0, not -1.0"),
         ({"targets": "most"}, "targets must be one of 'cross-attention', 'attention'"),
     ],
@@ -153,7 +153,7 @@ def test_textual_inversion_changes_its_vectors_alone(pipeline, weights, pictures
     assert [v.path for v in method.model.trainable_variables] == ["learned_tokens/vectors"]
     train(method, pictures, tmp_path)
     assert not changed(pipeline.text_encoder, text)
-    method.show()
+    method.update_pipeline()
     after = values(pipeline.text_encoder) | values(pipeline.diffusion_model)
     for path, value in before.items():
         rows = method.ids if path.endswith("token_embedding/embeddings") else []
@@ -179,9 +179,9 @@ def test_textual_inversion_changes_its_vectors_alone(pipeline, weights, pictures
 
 
 def test_textual_inversion_refuses(pipeline):
-    with pytest.raises(ValueError, match="vectors must be an int from 1, not 0"):
+    with pytest.raises(ValueError, match="vectors must be an int of 1 or more, not 0"):
         TextualInversion(pipeline, TOKEN, "cat", 0)
-    with pytest.raises(ValueError, match="initializer must have a word, not ' '"):
+    with pytest.raises(ValueError, match="initializer must contain a word, not ' '"):
         TextualInversion(pipeline, TOKEN, " ")
 
 
@@ -248,10 +248,10 @@ def test_a_run_goes_on_from_its_state(options, weights, pictures, tmp_path):
 
 def test_a_cache_is_keyed_by_content(pipeline, pictures, tmp_path):
     cache = Cache(tmp_path, pipeline, flip=True)
-    examples, _ = cache.encode(read_folder(pictures))
+    examples, _ = cache.encode_examples(read_folder(pictures))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     assert len(files) == 3 * 2 + 3  # pictures and mirrored ones, captions
-    one = cache.moments(examples[0], cache.views(examples[0])[0])
+    one = cache.read_moments(examples[0], cache.list_views(examples[0])[0])
     image = Image.open(pictures / "0.png")  # 80 pixels wide, 70 high
     centre = image.resize((64, 64), Image.Resampling.LANCZOS, box=(5, 0, 75, 70))
     encoder = pipeline.image_encoder
@@ -260,14 +260,14 @@ def test_a_cache_is_keyed_by_content(pipeline, pictures, tmp_path):
     assert one.shape == (8, 8, 8) and relative_error(one[None], expected) < TOLERANCE
 
     again = Cache(tmp_path, pipeline, flip=True)
-    again.encode(read_folder(pictures))
+    again.encode_examples(read_folder(pictures))
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     damaged = next(path for path in files if np.load(path).shape == (8, 8, 8))
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    again.encode(read_folder(pictures))
+    again.encode_examples(read_folder(pictures))
     assert np.load(damaged).shape == (8, 8, 8)
     pipeline.image_encoder.weights[0].assign(2 * pipeline.image_encoder.weights[0])
-    Cache(tmp_path, pipeline).encode(read_folder(pictures))
+    Cache(tmp_path, pipeline).encode_examples(read_folder(pictures))
     assert len(list(tmp_path.rglob("*.npy"))) == len(files) + 3
 
 
@@ -277,12 +277,12 @@ def test_broken_pictures_are_named_and_skipped(pipeline, pictures, tmp_path):
     (folder / "bad.png").write_bytes(b"no picture")
     (folder / "good.png").write_bytes((pictures / "0.png").read_bytes())
     cache = Cache(tmp_path / "cache", pipeline)
-    examples, broken = cache.encode(read_folder(folder, ["a toy"]))
+    examples, broken = cache.encode_examples(read_folder(folder, ["a toy"]))
     assert [example.path.name for example in examples] == ["good.png"]
     assert len(broken) == 1 and "bad.png can't be opened" in broken[0]
     (folder / "good.png").unlink()
-    with pytest.raises(ValueError, match="None of 1 pictures can be used: .*bad.png"):
-        cache.encode(read_folder(folder, ["a toy"]))
+    with pytest.raises(ValueError, match="None of 1 images can be used: .*bad.png"):
+        cache.encode_examples(read_folder(folder, ["a toy"]))
 
 
 def test_optimizers():

@@ -1,6 +1,6 @@
 """Teaches the embedded checkpoint a new character by each method of fine-tuning, and measures it.
 
-    python scripts/emoji_data.py --out emoji.npz
+    python scripts/emoji/first/emoji_data.py --out emoji.npz
     python scripts/character/demo_finetune.py --work runs --data emoji.npz --picture out.png
 
 draw_character.py draws the images of the character. Each method is one run of the command
@@ -29,7 +29,7 @@ import draw_character
 import numpy as np
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "emoji" / "first"))
 import emoji_data as emoji
 import evaluate_emoji as evaluation
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from stable_diffusion.files import new_folder
+from stable_diffusion.files import replace_folder
 
 SIZE, FINE = 128, 4  # pixels; and how many times finer it is drawn before it is shrunk
 COUNT = 20
@@ -94,7 +94,7 @@ def main(argv=None):
         parser.error("--count must be at least 1, and --seed at least 0")
     rng, names = np.random.default_rng(args.seed), list(BACKGROUNDS)
     try:
-        with new_folder(args.folder, "metadata.jsonl") as written:
+        with replace_folder(args.folder, "metadata.jsonl") as written:
             with open(written / "metadata.jsonl", "w", encoding="utf-8") as file:
                 for number in range(args.count):
                     name = names[number % len(names)]

@@ -1,7 +1,7 @@
 """Compares the samplers: how near they come to DDIM with 500 steps, in how many steps.
 
     python scripts/measure/compare_samplers.py
-    python scripts/emoji_data.py --out emoji.npz
+    python scripts/emoji/first/emoji_data.py --out emoji.npz
     python scripts/measure/compare_samplers.py --data emoji.npz
 
 Each row generates the same images from the same noise. Their prompts are pairs of subject and
@@ -13,7 +13,7 @@ PSNR     of the images against the reference's, in dB
 passes   runs of the UNet for each image; guidance needs two a step. Runs of only the UNet's finest
          stage (DeepCache) are counted as the number of whole runs that need the same time.
 
-With --data the subjects and colours are judged, too, as by scripts/evaluate_emoji.py.
+With --data the subjects and colours are judged, too, as by scripts/emoji/first/evaluate_emoji.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "emoji" / "first"))
 import evaluate_emoji as evaluation
 
 REFERENCE = {"sampler": "ddim", "num_steps": 500}
@@ -141,7 +141,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--weights", default=str(evaluation.WEIGHTS), help="a folder (default: weights/emoji)")
-    add("--data", type=Path, help="what scripts/emoji_data.py wrote")
+    add("--data", type=Path, help="what scripts/emoji/first/emoji_data.py wrote")
     add("--images", type=int, default=32, help="how many in each row (default: 32)")
     add("--steps", type=int, nargs="+", default=[5, 8, 10, 12, 15, 20, 30, 50])
     add("--guidance", type=float, help="above 1 (default: the checkpoint's own)")

@@ -1,16 +1,20 @@
-"""Where parameters come from and go to: presets, folders and files, one module for each format.
+"""Checkpoints: opening and saving the parameters of a pipeline, one module for each format.
 
-formats.py            the table of formats: opening and saving a checkpoint
-diffusers.py          a folder in diffusers' layout, on disk or on the hub
-original.py           one file in the original layout
-kerascv.py            folders of .h5 files, KerasCV's and Keras 3's
-openvino.py           a folder of models that OpenVINO runs
-diffusers_config.py   configs in diffusers' words, which all formats carry
-layout.py names.py    how formats name parameters, and the names that they share
-tensors.py            files of named tensors, compared with a model before anything is assigned
-hub.py                downloads
-reader.py building.py the base of all readers; models without random numbers
-changes.py            what a pipeline changed since loading
+README.md beside this file says which formats there are and which to use.
+
+    formats.py           the table of formats; opens and saves a checkpoint
+    diffusers.py         folders in diffusers' layout, on disk or on the hub
+    original.py          single files in the original layout
+    kerascv.py           folders of .h5 files: KerasCV's, and Keras 3's .weights.h5
+    openvino.py          folders of models that OpenVINO runs
+    diffusers_config.py  diffusers' config files, which all formats use to describe a model
+    layout.py            how a format names the parameters of a model
+    names.py             names that several formats share
+    tensors.py           files of named tensors: reads, compares, loads and writes them
+    hub.py               downloads
+    reader.py            the base class of all readers
+    building.py          builds models without random numbers
+    changes.py           remembers parameters that a pipeline changed after loading
 """
 
 from stable_diffusion.checkpoints.formats import FORMATS, open_checkpoint, save_checkpoint

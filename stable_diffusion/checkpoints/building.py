@@ -1,25 +1,25 @@
-"""Building models whose parameters are about to be loaded: neither random numbers nor copies."""
+"""Builds models whose parameters are loaded next: without random numbers and without copies."""
 
 import math
 import threading
 from contextlib import contextmanager
 
 import keras
-import ml_dtypes  # noqa: F401  teaches numpy what bfloat16 is
+import ml_dtypes  # noqa: F401  teaches numpy the dtype bfloat16
 import numpy as np
 from keras.layers import Layer
 
-ALIGNMENT = 64  # bytes; at such addresses the backends take memory over as it is
+ALIGNMENT = 64  # bytes; backends use memory at such addresses without a copy
 _lock = threading.RLock()
 
 
-def empty(shape, dtype, zeros=False):
-    """Returns a numpy array that `to_tensor` needn't copy.
+def allocate_array(shape, dtype, zeros=False):
+    """Returns a new numpy array that `share_array` does not need to copy.
 
     Args:
-        shape, dtype: of the array.
-        zeros: whether it is filled with zeros. The system gives such memory when it is first
-            written to, so that zeros that are replaced as a whole cost nothing.
+        shape, dtype: shape and dtype of the array.
+        zeros: whether to fill it with zeros. The system provides such memory only when it is
+            written to. So zeros that are soon replaced as a whole cost nothing.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = (np.zeros if zeros else np.empty)(size + ALIGNMENT, "uint8")
@@ -27,10 +27,11 @@ def empty(shape, dtype, zeros=False):
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def to_tensor(array):
-    """Returns an array as the backend assigns it best; the array must not be changed any more.
+def share_array(array):
+    """Returns an array in the form that the backend can assign without a copy.
 
-    TensorFlow copies every numpy array, but takes memory over by DLPack, which has no bfloat16.
+    TensorFlow copies every numpy array, but it shares memory that it receives by DLPack. DLPack has
+    no bfloat16, so such arrays pass as uint16. The caller must not change the array afterwards.
     """
     if keras.backend.backend() != "tensorflow" or not array.size:
         return array
@@ -44,10 +45,14 @@ def to_tensor(array):
 
 @contextmanager
 def uninitialized(enabled=True):
-    """Makes layers that are built inside start from zeros, because a checkpoint is loaded next.
+    """Lets layers that are built in this context start with zeros instead of random numbers.
 
-    Drawing 860 million random parameters takes longer than reading them from a disk, and Keras has
-    no switch for it. Only layers built by the calling thread are affected.
+    Use it when a checkpoint is loaded next. Generating 860 million random parameters takes longer
+    than reading them from a disk, and Keras has no option to leave it out. Only layers that the
+    calling thread builds are affected.
+
+    Args:
+        enabled: False lets layers start as usual.
     """
     if not enabled:
         yield
@@ -57,7 +62,7 @@ def uninitialized(enabled=True):
 
         def add_zeros(self, *args, **kwargs):
             if threading.get_ident() == thread:
-                kwargs["initializer"] = _zeros
+                kwargs["initializer"] = _make_zeros
             return add_weight(self, *args, **kwargs)
 
         Layer.add_weight = add_zeros
@@ -67,5 +72,5 @@ def uninitialized(enabled=True):
             Layer.add_weight = add_weight
 
 
-def _zeros(shape, dtype=None):
-    return to_tensor(empty(shape, keras.backend.standardize_dtype(dtype), zeros=True))
+def _make_zeros(shape, dtype=None):
+    return share_array(allocate_array(shape, keras.backend.standardize_dtype(dtype), zeros=True))

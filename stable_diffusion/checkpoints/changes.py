@@ -1,37 +1,42 @@
-"""What a pipeline changed in its models since they were loaded."""
+"""Remembers the parameters that a pipeline changed after they were loaded."""
 
 from weakref import WeakKeyDictionary
 
 
 class Changes:
-    """The parameters that adapters have changed, as they were before.
+    """The original values of parameters that adapters have changed.
 
-    A pipeline has one. Models that nothing else refers to any more are forgotten.
+    Each pipeline has one such object. It does not keep models alive.
     """
 
     def __init__(self):
-        self._originals = WeakKeyDictionary()  # model to a dict from the index of a weight to array
+        self._originals = WeakKeyDictionary()  # model: {index in model.weights: array}
 
     def __contains__(self, model):
         return model in self._originals
 
-    def keep(self, model, index, original):
-        """Remembers what a parameter was, unless an earlier original is known.
+    def keep_original(self, model, index, original):
+        """Remembers the value of a parameter, unless an earlier value is known already.
 
         Args:
             model: the Keras model.
-            index: place of the parameter in `model.weights`.
-            original: numpy array of the parameter's dtype.
+            index: index of the parameter in `model.weights`.
+            original: numpy array of the parameter's shape and dtype.
         """
         self._originals.setdefault(model, {}).setdefault(index, original)
 
-    def move(self, old, new):
-        """Lets a model that got all parameters of another be restored like the other."""
+    def copy_originals(self, old, new):
+        """Lets `restore_originals` restore a model to which the parameters of another were copied.
+
+        Args:
+            old: the model that the parameters were copied from.
+            new: the model that they were copied to, with the same order of parameters.
+        """
         if old in self._originals:
             self._originals[new] = dict(self._originals[old])
 
-    def undo(self):
-        """Restores every parameter exactly, and forgets the originals.
+    def restore_originals(self):
+        """Assigns every original value again, bit for bit, and forgets it.
 
         Returns:
             Dict from each changed model to the number of parameters that were restored in it.

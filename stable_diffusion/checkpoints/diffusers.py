@@ -1,9 +1,8 @@
-"""Checkpoints in diffusers' layout, the one most published Stable Diffusions come in.
+"""Checkpoints in diffusers' layout. Most Stable Diffusion models are published in it.
 
-A folder has a subfolder for each component, with the component's config as JSON and its parameters as
-safetensors:
+A folder has these files. Each config is JSON, and parameters are safetensors:
 
-    model_index.json                            which subfolder is what
+    model_index.json                            the class of each subfolder, the guidance scale
     text_encoder/config.json                    `TextConfig`
     text_encoder/model.safetensors              component "text_encoder"
     unet/config.json                            `UNetConfig`
@@ -13,8 +12,8 @@ safetensors:
     scheduler/scheduler_config.json             `NoiseScheduler`
     tokenizer/{vocab.json,merges.txt,...}       `SimpleTokenizer`
 
-The tables below say what is different in the names of parameters, those of `diffusers_config` what
-is in the JSON files.
+The tables below translate our names of parameters to those in the files. The tables in
+`diffusers_config` do so for the fields of the JSON files.
 """
 
 from pathlib import Path
@@ -28,35 +27,36 @@ from stable_diffusion.checkpoints.diffusers_config import (
     INDEX,
     MERGES,
     TOKENIZER_FILES,
-    config_files,
+    make_config_files,
     read_config,
-    read_files,
+    read_config_files,
     read_json,
     read_tokenizer,
-    write_files,
+    write_config_files,
 )
 from stable_diffusion.checkpoints.layout import Layout
 from stable_diffusion.checkpoints.names import CLIP, TRANSFORMER
-from stable_diffusion.checkpoints.reader import Reader
+from stable_diffusion.checkpoints.reader import Reader, check_components
 from stable_diffusion.checkpoints.tensors import (
-    DTYPES,
+    SAFETENSORS_SUFFIX,
     SafetensorsFiles,
+    check_dtype,
     collect_tensors,
     load_tensors,
     save_safetensors,
 )
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.config import COMPONENTS, Config
-from stable_diffusion.files import find_file, new_folder
+from stable_diffusion.config import Config
+from stable_diffusion.files import find_file, replace_folder
 
-SUFFIX = ".safetensors"
-STEMS = {
+STEMS = {  # names of the files of parameters, without suffix
     "text_encoder": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
 VAE = {
-    # The attention is four matrices there, and four 1x1 convolutions here and in older files.
+    # The attention's projections are matrices in these files. They are 1x1 convolutions here, and
+    # in older files.
     "within": {"norm": "group_norm", "attn": None, "to_out": "to_out.0"},
     "matrices": r"mid_attn/.*to_\w+/kernel$",
     "older": (
@@ -119,37 +119,38 @@ LAYOUTS = {
 class DiffusersFolder(Reader):
     """Reads a folder in diffusers' layout: config, parameters and vocabulary.
 
-    Whatever scheduler the folder names, its noise schedule is read and DDIM is run on it, as by
-    `DDIMScheduler.from_config`.
+    Of the folder's scheduler only the noise schedule is read, whatever class it has. The pipeline
+    runs DDIM on it, like `DDIMScheduler.from_config`.
 
     Args:
-        folder: path of a folder, on this computer. It needs only the components that are asked for.
+        folder: path of a folder on this computer. It needs only the components that are used.
 
     Attributes:
-        config: the `Config`; where a component's folder is missing, Stable Diffusion 1's of the component.
+        config: the `Config`. If the folder of a component is missing, its part of the config is
+            that of Stable Diffusion 1.
 
     Raises:
-        ValueError: a config file that can't be read, or says what isn't supported here.
+        ValueError: a config file cannot be read, or it describes a model that is not supported.
     """
 
     loads = True
 
     @staticmethod
     def recognize(path):
-        """Tells whether a path is such a folder."""
+        """Returns whether a path is a folder in this format."""
         return (path / INDEX).is_file() or (path / "unet").is_dir()
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.files = read_files(self.folder)
+        self.files = read_config_files(self.folder)
         super().__init__(read_config(self.folder, self.files))
 
     def build(self, component, make):
         """See `Reader.build`.
 
         Raises:
-            ValueError: the folder hasn't the component, or not all of it; the message lists what is
-                missing, unused or misshapen.
+            ValueError: the folder does not have the component, or the parameters do not fit it; the
+                message lists what is missing, unused or misshapen.
         """
         if f"{FOLDERS[component]}/config.json" not in self.files:
             missing = self.folder / FOLDERS[component] / "config.json"
@@ -157,37 +158,38 @@ class DiffusersFolder(Reader):
         return super().build(component, make)
 
     def load(self, component, model):
-        """Loads a component's parameters, in the dtype of the model's: all of them, or none.
+        """Loads the parameters of a component in the dtype of the model: all of them, or none.
 
         Args:
             component: key of `COMPONENTS`.
             model: the model, built from the config.
 
         Raises:
-            ValueError: as `build`.
+            ValueError: see `build`.
         """
         layout = LAYOUTS[component]
-        load_tensors(
-            component, layout.slots(model), _tensors(self.folder, FOLDERS[component]), layout
-        )
+        source = _open_tensors(self.folder, FOLDERS[component])
+        load_tensors(component, layout.find_slots(model), source, layout)
 
     def tokenizer(self):
-        """Returns the folder's tokenizer; CLIP's where it has none.
+        """Returns the folder's tokenizer, or CLIP's if it has none.
 
         Raises:
-            ValueError: files that disagree, or more tokens than the text encoder embeds.
+            ValueError: see `read_tokenizer`.
         """
         return read_tokenizer(self.folder, self.files, self.config.text)
 
 
 class HubFolder(DiffusersFolder):
-    """Reads a repository in diffusers' layout; a component's parameters are downloaded when it is built.
+    """Reads a repository in diffusers' layout. Downloads a component when it is built.
+
+    The config files are downloaded at once.
 
     Args:
         repository: a `hub.Repository`.
 
     Raises:
-        ValueError: as `DiffusersFolder`, and where a file can't be downloaded.
+        ValueError: see `DiffusersFolder`; or a file cannot be downloaded.
     """
 
     def __init__(self, repository):
@@ -198,17 +200,17 @@ class HubFolder(DiffusersFolder):
                 f"{repository} is not in diffusers' layout: it has none of {', '.join(CONFIGS)}."
             )
         for name in sorted(names):
-            repository.fetch(name)
+            repository.fetch_file(name)
         super().__init__(repository.folder)
 
     def build(self, component, make):
         """See `DiffusersFolder.build`."""
         subfolder = FOLDERS[component]
         there = [p.name for p in map(Path, self.repository.files) if p.parent.name == subfolder]
-        if name := tensor_files(subfolder, there):
-            path = self.repository.fetch(f"{subfolder}/{name}")
-            for shard in shards(path) if name.endswith(".json") else ():
-                self.repository.fetch(f"{subfolder}/{shard}")
+        if name := choose_file(subfolder, there):
+            path = self.repository.fetch_file(f"{subfolder}/{name}")
+            for shard in list_shards(path) if name.endswith(".json") else ():
+                self.repository.fetch_file(f"{subfolder}/{shard}")
         return super().build(component, make)
 
 
@@ -221,48 +223,53 @@ def save_diffusers(
 ):
     """Writes a checkpoint that `DiffusersFolder` and diffusers' `StableDiffusionPipeline` load.
 
-    Everything goes to a new folder beside `folder`, which takes its place at the very end, see
-    `files.new_folder`.
+    The folder appears as a whole or not at all, see `files.replace_folder`.
 
     Args:
-        folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
-        config: the `Config` the models were built from.
-        models: dict from component (key of `COMPONENTS`) to model. The decoder and the image encoder are one
-            file, so there must be both or none.
-        tokenizer: None for CLIP's.
-        dtype: "float16", "bfloat16" or "float32"; None is that of the parameters.
+        folder: path of a folder that does not exist, is empty, or is a checkpoint to replace.
+        config: the `Config` that the models were built from.
+        models: dict from component (key of `COMPONENTS`) to model. The decoder and the image
+            encoder share one file, so there must be both or neither.
+        tokenizer: a `SimpleTokenizer`; None is CLIP's.
+        dtype: "float16", "bfloat16" or "float32"; None keeps the dtype of the parameters.
 
     Raises:
-        ValueError: an unknown component or dtype, half a VAE, a folder of something else, a padding
-            token that diffusers' files can't tell, or parameters that `dtype` can't hold.
+        ValueError: a component or dtype is unknown, only one half of the VAE is given, the folder
+            contains something else, diffusers' files cannot express the padding token or the last
+            alpha, or `dtype` cannot hold the parameters.
     """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    if unknown := models.keys() - COMPONENTS.keys():
-        raise ValueError(f"Parts are {', '.join(COMPONENTS)}, not {', '.join(sorted(unknown))}.")
+    check_dtype(dtype)
+    check_components(models)
     if ("decoder" in models) != ("image_encoder" in models):
-        raise ValueError("The VAE is one file: pass decoder and image_encoder, or neither.")
-    with new_folder(folder, INDEX) as written:
-        write_files(written, config_files(config, models, tokenizer or SimpleTokenizer()))
+        raise ValueError(
+            f"The VAE is one file: pass decoder and image_encoder, or neither, not only "
+            f"{'decoder' if 'decoder' in models else 'image_encoder'}."
+        )
+    with replace_folder(folder, INDEX) as written:
+        files = make_config_files(config, models, tokenizer or SimpleTokenizer())
+        write_config_files(written, files)
         for subfolder in dict.fromkeys(FOLDERS[component] for component in models):
             slots = [
                 slot
                 for component, model in models.items()
                 if FOLDERS[component] == subfolder
-                for slot in LAYOUTS[component].slots(model)
+                for slot in LAYOUTS[component].find_slots(model)
             ]
-            path = written / subfolder / f"{STEMS[subfolder]}.safetensors"
+            path = written / subfolder / f"{STEMS[subfolder]}{SAFETENSORS_SUFFIX}"
             save_safetensors(path, collect_tensors(slots, dtype))
 
 
-def tensor_files(subfolder, names):
-    """Returns which of a subfolder's files to take: the tensors' file, or the index of several.
+def choose_file(subfolder, names):
+    """Returns the name of the file to load: the file of parameters, or the index of several files.
 
-    Where there is one in float16 as well, the dtype policy decides.
+    If a subfolder has a variant in float16, too, Keras' dtype policy decides.
 
     Args:
         subfolder: key of `STEMS`.
-        names: names of the files that there are.
+        names: names of the files in the subfolder.
+
+    Returns:
+        The name, or None if there is no such file.
     """
     stem = STEMS[subfolder]
     full = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
@@ -272,27 +279,34 @@ def tensor_files(subfolder, names):
     return next((name for name in known if name in names), None)
 
 
-def shards(path):
-    """Returns the names of the files that an index lists."""
+def list_shards(path):
+    """Returns the names of the files that an index names, sorted.
+
+    Raises:
+        ValueError: the index names something else than a .safetensors file beside it.
+    """
     listed = read_json(path).get("weight_map")
     listed = listed.values() if isinstance(listed, dict) else [None]
-    if bad := [
-        n for n in listed if not isinstance(n, str) or Path(n).name != n or not n.endswith(SUFFIX)
-    ]:
-        raise ValueError(f"{path} names {bad[0]!r}, which is no .safetensors file beside it.")
+    for name in listed:
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(SAFETENSORS_SUFFIX)
+        ):
+            raise ValueError(f"{path} names {name!r}, which is no .safetensors file beside it.")
     return sorted(set(listed))
 
 
-def _tensors(folder, subfolder):
-    """Opens the safetensors files of a subfolder."""
-    name = tensor_files(subfolder, [p.name for p in (folder / subfolder).iterdir()])
+def _open_tensors(folder, subfolder):
+    """Opens the safetensors file or files of a subfolder."""
+    name = choose_file(subfolder, [p.name for p in (folder / subfolder).iterdir()])
     if name is None:
         stem = f"{STEMS[subfolder]}.safetensors"
         raise ValueError(f"There is no {stem} in {folder / subfolder}, nor an fp16 or sharded one.")
     path = find_file(folder, f"{subfolder}/{name}")
     if not name.endswith(".json"):
         return SafetensorsFiles(path)
-    files = {shard: find_file(folder, f"{subfolder}/{shard}") for shard in shards(path)}
+    files = {shard: find_file(folder, f"{subfolder}/{shard}") for shard in list_shards(path)}
     if missing := [shard for shard, file in files.items() if file is None]:
         raise ValueError(f"{path} names {missing[0]!r}, which is missing.")
     return SafetensorsFiles(path, list(files.values()))

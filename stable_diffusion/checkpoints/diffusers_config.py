@@ -1,12 +1,14 @@
-"""Configs in diffusers' words: what its JSON files say of each model, and how it is read.
+"""Diffusers' config files: reads a `Config` and a tokenizer from them, and writes them.
 
-They are the `config.json` of each component, the scheduler's and the tokenizer's files. Formats without
-a config of their own carry the same ones (see `kerascv` and `original`).
+They are the `config.json` of each component, the files of the scheduler and of the tokenizer, and
+`model_index.json`. All formats use them: those that have no config of their own (see `kerascv`,
+`original` and `openvino`) store these files, too.
 
-Three fields have no word in diffusers, where they are constants (those of the original dialect, see
-`checkpoints.config`): `norm_epsilon` of UNet and VAE, and `approximate_gelu`. Where a model departs
-from them they are written under their own names. diffusers ignores them with a warning: there such
-a model has the same parameters, but not the same dialect.
+diffusers has no key for three of our fields: `norm_epsilon` of the UNet and of the VAE, and
+`approximate_gelu`. In diffusers they are constants, those of the original implementation (see
+`stable_diffusion.config`). If a model has other values, they are written under our own names.
+diffusers ignores such keys with a warning: it loads the parameters, but computes with its
+constants.
 """
 
 import json
@@ -19,12 +21,13 @@ from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.files import find_file
 from stable_diffusion.noise_scheduler import NoiseScheduler
 
-FOLDERS = {  # component, and where its config and parameters are
+FOLDERS = {  # component: subfolder of its config and parameters
     "text_encoder": "text_encoder",
     "diffusion_model": "unet",
     "decoder": "vae",
     "image_encoder": "vae",
 }
+CONFIG_FOLDER = "config"  # subfolder of these files in folders of other formats
 CONFIGS = (
     "text_encoder/config.json",
     "unet/config.json",
@@ -37,12 +40,12 @@ TOKENIZER_FILES = (
     "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer_config.json",
 )
-INDEX = "model_index.json"  # which subfolder is what; only our own key in it is read
-GUIDANCE = "_guidance_scale"  # diffusers passes over keys that begin with an underscore
+INDEX = "model_index.json"  # the class of each subfolder; we read only our own key in it
+GUIDANCE = "_guidance_scale"  # our key; diffusers ignores keys that begin with an underscore
 MERGES = "tokenizer/merges.txt"
-FAST = "tokenizer/tokenizer.json"  # all of a tokenizer in one, what transformers 5 writes
+FAST = "tokenizer/tokenizer.json"  # transformers 5 writes the whole tokenizer into this file
 
-# --- diffusers' key, then our field -------------------------------------------------------------
+# --- Tables from diffusers' keys to our fields --------------------------------------------------
 
 TEXT = {
     "hidden_size": "width",
@@ -62,7 +65,7 @@ UNET = {
     "use_linear_projection": "linear_projection",
     "norm_num_groups": "groups",
 }
-UNET_BLOCKS = {  # whether a level has attention: its blocks on the way down and up
+UNET_BLOCKS = {  # whether a stage has attention: its block on the way down, and on the way up
     True: ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
     False: ("DownBlock2D", "UpBlock2D"),
 }
@@ -87,7 +90,7 @@ SCHEDULE_CHOICES = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
 }
-# Where a file leaves a key out; a key without a default has to be there.
+# Values of keys that a file omits. It must have all other keys.
 DEFAULTS = {
     "vocab_size": 49408,
     "cross_attention_dim": 1280,
@@ -103,9 +106,9 @@ DEFAULTS = {
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
-    "steps_offset": 1,  # as diffusers' pipeline sets it
+    "steps_offset": 1,  # diffusers' pipeline sets it
 }
-# What our fields cannot say, and so has to be as it is in Stable Diffusion where a file tells it.
+# Keys for which we have no field. If a file has such a key, it must have this value.
 FIXED = {
     "text_encoder": {"max_position_embeddings": 77, "layer_norm_eps": 1e-5},
     "unet": {
@@ -160,14 +163,15 @@ FIXED = {
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def read_files(folder) -> dict:
-    """Reads the files of a folder that `read_config` and `read_tokenizer` need, where they exist.
+def read_config_files(folder) -> dict:
+    """Reads those files of a folder that `read_config` and `read_tokenizer` need.
 
     Returns:
-        Dict from a file's path in the folder to its JSON object; of `MERGES`, to its text.
+        Dict from the path of each existing file, relative to the folder, to its JSON object. The
+        value of `MERGES` is the text of the file.
 
     Raises:
-        ValueError: a file that isn't what its name says.
+        ValueError: the content of a file does not match its name.
     """
     paths = {name: find_file(folder, name) for name in (INDEX, *CONFIGS, *TOKENIZER_FILES)}
     files = {name: read_json(path) for name, path in paths.items() if path}
@@ -177,12 +181,12 @@ def read_files(folder) -> dict:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no text file: {error}") from error
     if path := find_file(folder, FAST):
-        files |= _unpack(path, read_json(path))
+        files |= _unpack_tokenizer(path, read_json(path))
     return files
 
 
-def _unpack(path, data):
-    """Returns the files that a tokenizer.json takes the place of."""
+def _unpack_tokenizer(path, data):
+    """Returns the files that a tokenizer.json replaces."""
     try:
         model = data["model"]
         vocab, pairs = model["vocab"], model["merges"]
@@ -192,11 +196,15 @@ def _unpack(path, data):
     except (LookupError, TypeError) as error:
         raise ValueError(f"{path} is no tokenizer of CLIP's kind: {error!r}") from error
     vocab_file, added_file = TOKENIZER_FILES[:2]
-    return {MERGES: _merges_text(pairs), vocab_file: vocab, added_file: added}
+    return {MERGES: _format_merges(pairs), vocab_file: vocab, added_file: added}
 
 
 def read_json(path):
-    """Returns the JSON object in a file."""
+    """Returns the JSON object in a file.
+
+    Raises:
+        ValueError: the file cannot be read, or it has no JSON object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -206,55 +214,58 @@ def read_json(path):
     return data
 
 
-def _unsupported(path, key, value, supported):
+def _make_error(path, key, value, supported):
     return ValueError(f"{path}: {key} must be {supported}, not {value!r}.")
 
 
-def _choose(path, key, value, choices):
-    """Looks a value up in the dict of those that are supported."""
+def _translate_choice(path, key, value, choices):
+    """Returns the value of a dict for one of its keys; a ValueError names the supported keys."""
     if not isinstance(value, str) or value not in choices:
-        raise _unsupported(path, key, value, "one of " + ", ".join(map(repr, choices)))
+        raise _make_error(path, key, value, "one of " + ", ".join(map(repr, choices)))
     return choices[value]
 
 
-def _fields(path, data, table, like):
-    """Reads the fields of the dataclass `like`, of the types that its defaults have."""
+def _read_fields(path, data, table, like):
+    """Reads fields of the dataclass `like`. The types of its defaults are the types to expect."""
     fields = {}
     for key, field in table.items():
         kind = type(getattr(like, field))
         value = data.get(key, DEFAULTS.get(key))
         if kind is tuple:
-            good = (
-                isinstance(value, list) and value and all(type(n) is int and n > 0 for n in value)
-            )
-            good, supported = good, "a list of positive ints"
+            supported = "a list of positive ints"
+            good = isinstance(value, list) and value and all(map(_is_positive_int, value))
         elif kind is float:
-            good, supported = type(value) in (int, float), "a number"
+            supported, good = "a number", type(value) in (int, float)
+        elif kind is int and key != "steps_offset":
+            supported, good = "a positive int", _is_positive_int(value)
         else:
-            good, supported = type(value) is kind, f"of type {kind.__name__}"
-            if kind is int and key != "steps_offset":
-                good, supported = good and value > 0, "a positive int"
+            supported, good = f"of type {kind.__name__}", type(value) is kind
         if not good:
-            raise _unsupported(path, key, value, supported)
+            raise _make_error(path, key, value, supported)
         fields[field] = tuple(value) if kind is tuple else kind(value)
     return fields
 
 
-def _own_fields(data, *names):
-    """Reads what diffusers has no word for; the original dialect where nothing is said."""
+def _is_positive_int(value):
+    return type(value) is int and value > 0
+
+
+def _read_own_fields(data, *names):
+    """Reads fields for which diffusers has no key. Their defaults are diffusers' constants."""
     original = {"norm_epsilon": 1e-6, "approximate_gelu": False}
     return {name: data.get(name, original[name]) for name in names}
 
 
 def read_config(where, files) -> Config:
-    """Returns the config that JSON files describe.
+    """Returns the config that files describe.
 
     Args:
-        where: path of the folder or file they come from, for errors.
-        files: dict as of `read_files`. Where a component's is missing, Stable Diffusion 1's stands in.
+        where: path of the folder or file that they came from, for errors.
+        files: dict, see `read_config_files`. If the file of a component is missing, its part of
+            the config is that of Stable Diffusion 1.
 
     Raises:
-        ValueError: a file that says what isn't supported here, or none of a model.
+        ValueError: a file describes a model that is not supported, or no component has a file.
     """
     where = Path(where)
     paths = {name.split("/")[0]: where / name for name in CONFIGS}
@@ -264,7 +275,7 @@ def read_config(where, files) -> Config:
     for name, fixed in FIXED.items():
         for key, value in fixed.items():
             if (found := data.get(name, {}).get(key, value)) != value:
-                raise _unsupported(paths[name], key, found, repr(value))
+                raise _make_error(paths[name], key, found, repr(value))
     text, unet, vae = TextConfig(), UNetConfig(norm_epsilon=1e-6), VAEConfig(norm_epsilon=1e-6)
     if "text_encoder" in data:
         text = _read_text(paths["text_encoder"], data["text_encoder"], where, files)
@@ -279,21 +290,23 @@ def read_config(where, files) -> Config:
 
 
 def _read_guidance(path, data):
+    """Returns the guidance scale in `INDEX`, or the default of `Config` if it has none."""
     scale = data.get(GUIDANCE, Config.guidance_scale)
     if type(scale) not in (int, float) or not 0 <= scale < math.inf:
-        raise _unsupported(path, GUIDANCE, scale, "a number from 0")
+        raise _make_error(path, GUIDANCE, scale, "a number from 0")
     return float(scale)
 
 
 def read_tokenizer(where, files, config) -> SimpleTokenizer:
-    """Returns the tokenizer that files describe; CLIP's where there are none.
+    """Returns the tokenizer that files describe, or CLIP's if there are no such files.
 
     Args:
-        where, files: as of `read_config`.
+        where, files: see `read_config`.
         config: the `TextConfig` of the text encoder.
 
     Raises:
-        ValueError: files that disagree, or more tokens than the text encoder embeds.
+        ValueError: files contradict each other, or there are more tokens than the text encoder has
+            embeddings.
     """
     where = Path(where)
     tokenizer = SimpleTokenizer()
@@ -305,122 +318,124 @@ def read_tokenizer(where, files, config) -> SimpleTokenizer:
                 tokenizer = SimpleTokenizer(merges)
             except ValueError as error:
                 raise ValueError(f"{where / MERGES} is not a list of BPE pairs.") from error
-    vocab, added = (_ids(where / name, files.get(name, {})) for name in TOKENIZER_FILES[:2])
+    vocab, added = (_check_ids(where / name, files.get(name, {})) for name in TOKENIZER_FILES[:2])
     if vocab and (strange := sorted(set(tokenizer.encoder.items()) ^ set(vocab.items()))):
         raise ValueError(
-            f"{where / TOKENIZER_FILES[0]} doesn't follow from {where / MERGES}: {len(strange)} "
-            f"tokens have other ids, among them {strange[0][0]!r}."
+            f"{where / TOKENIZER_FILES[0]} contradicts {where / MERGES}: {len(strange)} tokens "
+            f"have other ids, for example {strange[0][0]!r}."
         )
     tokenizer.add_tokens(sorted(added, key=added.get))
     if wrong := [token for token, n in added.items() if tokenizer.encoder[token] != n]:
         raise ValueError(
-            f"{where / TOKENIZER_FILES[1]} gives {wrong[0]!r} the id {added[wrong[0]]}, where "
-            f"{tokenizer.encoder[wrong[0]]} is next."
+            f"{where / TOKENIZER_FILES[1]} gives {wrong[0]!r} the id {added[wrong[0]]}, but the "
+            f"next free id is {tokenizer.encoder[wrong[0]]}."
         )
     if len(tokenizer.vocab) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {where} has {len(tokenizer.vocab)} tokens, its text encoder an "
-            f"embedding for {config.vocab_size}."
+            f"The tokenizer of {where} has {len(tokenizer.vocab)} tokens, but its text encoder has "
+            f"only {config.vocab_size} embeddings."
         )
     expand_tokens(tokenizer)
     return tokenizer
 
 
-def _ids(path, data):
-    """Returns a dict from token to id, if that is what it is."""
+def _check_ids(path, data):
+    """Returns `data`; raises a ValueError unless it is a dict from token to id."""
     if not isinstance(data, dict) or not all(type(n) is int for n in data.values()):
         raise ValueError(f"{path} must have an int for each token.")
     return data
 
 
 def _read_text(path, data, where, files):
-    fields = _fields(path, data, TEXT, TextConfig)
+    fields = _read_fields(path, data, TEXT, TextConfig)
     if fields["width"] % fields["heads"]:
-        raise _unsupported(path, "num_attention_heads", fields["heads"], "a divisor of hidden_size")
+        raise _make_error(path, "num_attention_heads", fields["heads"], "a divisor of hidden_size")
     activations = ACTIVATIONS | {"gelu_new": "gelu_tanh"}
-    activation = _choose(path, "hidden_act", data.get("hidden_act", "quick_gelu"), activations)
+    activation = _translate_choice(
+        path, "hidden_act", data.get("hidden_act", "quick_gelu"), activations
+    )
     pad_token = None
     for name in TOKENIZER_FILES[2:]:
         if name in files:
             pad = files[name].get("pad_token") or "<|endoftext|>"
             pad = pad.get("content") if isinstance(pad, dict) else pad
-            pad_token = _choose(where / name, "pad_token", pad, PAD_TOKENS)
+            pad_token = _translate_choice(where / name, "pad_token", pad, PAD_TOKENS)
     return TextConfig(**fields, activation=activation, pad_token=pad_token)
 
 
 def _read_unet(path, data, cell_size):
-    """Returns the `UNetConfig` and the side in latent cells it was trained at."""
-    fields = _fields(path, data, UNET, UNetConfig)
+    """Returns the `UNetConfig`, and the side of the latents that it was trained with."""
+    fields = _read_fields(path, data, UNET, UNetConfig)
     widths = fields["widths"]
-    # In this class "attention_head_dim" has always been the number of heads, not their width.
+    # diffusers' name is misleading: "attention_head_dim" is the number of heads, not their width.
     heads = data.get("attention_head_dim", 8)
     heads = [heads] * len(widths) if isinstance(heads, int) else heads
     good = isinstance(heads, list) and len(heads) == len(widths)
     if not good or any(type(n) is not int or n < 1 or w % n for n, w in zip(heads, widths)):  # noqa: B905
-        supported = f"an int or {len(widths)} of them, divisors of block_out_channels"
-        raise _unsupported(path, "attention_head_dim", heads, supported)
+        supported = f"an int or a list of {len(widths)}, which divide block_out_channels"
+        raise _make_error(path, "attention_head_dim", heads, supported)
     kinds = [down for down, _ in UNET_BLOCKS.values()]
     default = [kinds[0]] * (len(widths) - 1) + [kinds[1]]
     down = data.get("down_block_types", default)
     if len(down) != len(widths) or not set(down) <= set(kinds):
         supported = f"{len(widths)} of {', '.join(map(repr, kinds))}"
-        raise _unsupported(path, "down_block_types", down, supported)
+        raise _make_error(path, "down_block_types", down, supported)
     attention = tuple(name == kinds[0] for name in down)
-    up = [UNET_BLOCKS[level][1] for level in reversed(attention)]
+    up = [UNET_BLOCKS[stage][1] for stage in reversed(attention)]
     if (found := data.get("up_block_types", up)) != up:
-        raise _unsupported(path, "up_block_types", found, f"{up}, as on the way down")
+        raise _make_error(path, "up_block_types", found, f"{up}, to match down_block_types")
     size = data.get("sample_size") or 64
     if type(size) is not int or size < 1:
-        raise _unsupported(path, "sample_size", size, "an int")
+        raise _make_error(path, "sample_size", size, "a positive int")
     config = UNetConfig(
         **fields,
         heads=tuple(heads),
         attention=attention,
-        **_own_fields(data, "norm_epsilon", "approximate_gelu"),
+        **_read_own_fields(data, "norm_epsilon", "approximate_gelu"),
         cell_size=cell_size,
     )
     return config, size
 
 
 def _read_vae(path, data):
-    fields = _fields(path, data, VAE, VAEConfig)
+    fields = _read_fields(path, data, VAE, VAEConfig)
     for key, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
         types = [kind] * len(fields["widths"])
         if (found := data.get(f"{key}_block_types", types)) != types:
-            raise _unsupported(path, f"{key}_block_types", found, types)
-    return VAEConfig(**fields, **_own_fields(data, "norm_epsilon"))
+            raise _make_error(path, f"{key}_block_types", found, types)
+    return VAEConfig(**fields, **_read_own_fields(data, "norm_epsilon"))
 
 
 def _read_schedule(path, data):
-    if data is None:  # Stable Diffusion's
+    if data is None:  # the schedule of Stable Diffusion
         data = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         data["set_alpha_to_one"] = False
     for key, choices in SCHEDULE_CHOICES.items():
-        _choose(path, key, data.get(key, DEFAULTS[key]), dict.fromkeys(choices))
+        _translate_choice(path, key, data.get(key, DEFAULTS[key]), dict.fromkeys(choices))
     to_one = data.get("set_alpha_to_one", data.get("_class_name") != "PNDMScheduler")
     if not isinstance(to_one, bool):
-        raise _unsupported(path, "set_alpha_to_one", to_one, "true or false")
-    fields = _fields(path, data, SCHEDULE, NoiseScheduler)
+        raise _make_error(path, "set_alpha_to_one", to_one, "true or false")
+    fields = _read_fields(path, data, SCHEDULE, NoiseScheduler)
     return NoiseScheduler(**fields, final_alpha=1.0 if to_one else None, clip_sample=False)
 
 
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def config_files(config, models, tokenizer) -> dict:
-    """Returns the files that describe a checkpoint, as `read_files` does.
+def make_config_files(config, models, tokenizer) -> dict:
+    """Returns the files that describe a checkpoint, in the form of `read_config_files`.
 
     Args:
-        config: the `Config` the models were built from. `NoiseScheduler.clip_sample` isn't
-            written: DDIM clips nothing here, and False is what tells diffusers so.
-        models: dict from component to model; the files are of these components.
+        config: the `Config` that the models were built from. Its `NoiseScheduler.clip_sample` is
+            not written: our DDIM never clips, so the file says False.
+        models: dict from component to model. Only these components get a file.
         tokenizer: a `SimpleTokenizer`.
 
     Raises:
-        ValueError: a padding token or a last alpha that diffusers' files can't tell.
+        ValueError: diffusers' files cannot express the padding token or the last alpha.
     """
     text, unet, vae, schedule = config.text, config.unet, config.vae, config.schedule
-    end = tokenizer.end_of_text  # the last of the learned tokens; added ones follow
+    end = tokenizer.end_of_text  # the last learned token; added tokens follow
     pad_id = None if text.pad_token == tokenizer.end_of_text else text.pad_token
     pads = {n: token for token, n in PAD_TOKENS.items()}
     if pad_id not in pads:
@@ -444,7 +459,7 @@ def config_files(config, models, tokenizer) -> dict:
             "vae": ["diffusers", "AutoencoderKL"],
             **({} if config.guidance_scale == Config.guidance_scale else own),
         },
-        MERGES: _merges(tokenizer),
+        MERGES: _list_merges(tokenizer),
         "tokenizer/vocab.json": {t: n for n, t in enumerate(tokenizer.vocab[: end + 1])},
         "tokenizer/special_tokens_map.json": special,
         "tokenizer/tokenizer_config.json": {
@@ -472,7 +487,7 @@ def config_files(config, models, tokenizer) -> dict:
             "model_type": "clip_text_model",
             **{key: getattr(text, field) for key, field in TEXT.items()},
             **FIXED["text_encoder"],
-            # Textual inversion can have made it larger than the config's.
+            # An embedding may have made it larger than `text.vocab_size`.
             "vocab_size": int(models["text_encoder"].weights[0].shape[0]),
             "hidden_act": next(key for key, act in ACTIVATIONS.items() if act == text.activation),
             "bos_token_id": tokenizer.start_of_text,
@@ -485,10 +500,10 @@ def config_files(config, models, tokenizer) -> dict:
             **{key: getattr(unet, field) for key, field in UNET.items()},
             **FIXED["unet"],
             "attention_head_dim": list(unet.heads),
-            "down_block_types": [UNET_BLOCKS[level][0] for level in unet.attention],
-            "up_block_types": [UNET_BLOCKS[level][1] for level in reversed(unet.attention)],
+            "down_block_types": [UNET_BLOCKS[stage][0] for stage in unet.attention],
+            "up_block_types": [UNET_BLOCKS[stage][1] for stage in reversed(unet.attention)],
             "sample_size": config.size // unet.cell_size,
-            **_departures(unet, "norm_epsilon", "approximate_gelu"),
+            **_list_departures(unet, "norm_epsilon", "approximate_gelu"),
         }
     if "vae" in present:
         files["vae/config.json"] = {
@@ -498,26 +513,32 @@ def config_files(config, models, tokenizer) -> dict:
             "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
             "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
             "sample_size": config.size,
-            **_departures(vae, "norm_epsilon"),
+            **_list_departures(vae, "norm_epsilon"),
         }
     return files
 
 
-def _departures(config, *names):
-    """Returns the fields that diffusers has no word for and that aren't as they are there."""
-    original = _own_fields({}, *names)
+def _list_departures(config, *names):
+    """Returns the fields for which diffusers has no key and whose values differ from it."""
+    original = _read_own_fields({}, *names)
     return {n: getattr(config, n) for n in names if getattr(config, n) != original[n]}
 
 
-def without_index(files):
-    """Returns what formats without diffusers' index keep of `config_files`."""
+def drop_index(files):
+    """Returns config files without diffusers' index, but with our own key in it.
+
+    For formats other than diffusers'.
+
+    Args:
+        files: dict, see `make_config_files`.
+    """
     index = files[INDEX]
     own = {INDEX: {GUIDANCE: index[GUIDANCE]}} if GUIDANCE in index else {}
     return {name: data for name, data in files.items() if name != INDEX} | own
 
 
-def write_files(folder, files):
-    """Writes what `config_files` returned into a folder."""
+def write_config_files(folder, files):
+    """Writes the result of `make_config_files` into a folder."""
     for name, data in files.items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -526,12 +547,12 @@ def write_files(folder, files):
         path.write_text(data, encoding="utf-8")
 
 
-def _merges(tokenizer):
+def _list_merges(tokenizer):
     """Returns the pairs that the tokenizer joins, in the order in which they were learned."""
     vocab, joined = tokenizer.vocab, tokenizer._joined
-    pairs = sorted(joined, key=joined.get)  # each is two characters, whose codes are ids
-    return _merges_text(f"{vocab[ord(a)]} {vocab[ord(b)]}" for a, b in pairs)
+    pairs = sorted(joined, key=joined.get)  # a pair is two characters, whose codes are the ids
+    return _format_merges(f"{vocab[ord(a)]} {vocab[ord(b)]}" for a, b in pairs)
 
 
-def _merges_text(pairs):
+def _format_merges(pairs):
     return "\n".join(["#version: 0.2", *pairs, ""])

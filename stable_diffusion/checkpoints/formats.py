@@ -1,4 +1,4 @@
-"""The table of formats: what opens a checkpoint of each, and what writes one."""
+"""The table of formats, and the functions that open and save a checkpoint of any format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from stable_diffusion.checkpoints.kerascv import (
 from stable_diffusion.checkpoints.openvino import NEEDED, OpenVINOFolder, save_openvino
 from stable_diffusion.checkpoints.original import SingleFile, is_single_file, save_original
 from stable_diffusion.checkpoints.reader import Reader
-from stable_diffusion.checkpoints.tensors import DTYPES
+from stable_diffusion.checkpoints.tensors import check_dtype
 from stable_diffusion.config import COMPONENTS, SD1, SD2
 from stable_diffusion.files import WEIGHTS_DIR
 
-EMBEDDED = {"emoji": WEIGHTS_DIR / "emoji"}  # presets that are a part of this package
-KERASCV = {1: "sd1.4", 2: "sd2.1-base"}  # version of Stable Diffusion to KerasCV's preset
+EMBEDDED = {"emoji": WEIGHTS_DIR / "emoji"}  # presets that come with this package
+KERASCV = {1: "sd1.4", 2: "sd2.1-base"}  # KerasCV's preset for each Stable Diffusion
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Format:
     """A format of checkpoints.
 
     Attributes:
-        description: what the user gets.
-        recognize: function of a path: whether it is a checkpoint of this format.
-        read: function of `(path, config, ema)` that returns a `Reader`.
-        write: function of `(path, config, models, tokenizer, dtype)` that writes a checkpoint.
-        components: which of `COMPONENTS` it has.
+        description: what the format is, for users.
+        recognize: function of a path; returns whether it is a checkpoint of this format.
+        read: function of `(path, config, ema)`; returns a `Reader`.
+        write: function of `(path, config, models, tokenizer, dtype)`; writes a checkpoint.
+        components: those keys of `COMPONENTS` that the format has.
     """
 
     description: str
@@ -43,7 +43,7 @@ class Format:
     components: tuple[str, ...] = tuple(COMPONENTS)
 
 
-FORMATS = {  # in the order in which they are tried
+FORMATS = {  # `open_checkpoint` tries them in this order
     "diffusers": Format(
         "a folder in diffusers' layout",
         DiffusersFolder.recognize,
@@ -65,7 +65,7 @@ FORMATS = {  # in the order in which they are tried
     ),
     "keras": Format(
         "a folder of Keras 3's .weights.h5",
-        KerasCVFolder.recognize,  # reads the next format, too
+        KerasCVFolder.recognize,  # also recognizes the next format
         lambda path, config, ema: KerasCVFolder(path, config),
         save_keras,
     ),
@@ -81,26 +81,33 @@ FORMATS = {  # in the order in which they are tried
 def open_checkpoint(
     weights, config=None, version: int = 1, prediction_type: str | None = None, ema: bool = False
 ) -> Reader:
-    """Finds the reader for what a user passed as `weights=`.
+    """Returns the reader of a checkpoint in any format.
 
     Args:
-        weights: None for fresh random parameters; a preset's name ("emoji", "sd1.4",
-            "sd2.1-base"; "kerascv" is the one that KerasCV has for `version`); a folder in
-            diffusers' layout, of KerasCV's .h5 files, of Keras 3's .weights.h5 or of OpenVINO's
-            .xml; a file in the original layout, .safetensors or .ckpt; "hf://owner/name",
-            optionally with @revision or /FILE.safetensors, on the Hugging Face Hub; or a `Reader`,
-            as this function returns.
-        config: the `Config` where `weights` doesn't tell it; None is that of `version`.
-        version: of Stable Diffusion, 1 or 2.
-        prediction_type: what the model predicts, "epsilon" or "v_prediction"; None is what the
-            checkpoint says. Files in the original layout mostly don't.
-        ema: whether to load the moving average that files in the original layout may have.
+        weights: one of these:
+
+            - None: random parameters
+            - the name of a preset: "emoji", "sd1.4" or "sd2.1-base"; "kerascv" is KerasCV's preset
+              for `version`
+            - a folder in diffusers' layout, of KerasCV's .h5 files, of Keras 3's .weights.h5 files
+              or of OpenVINO's .xml files
+            - a .safetensors or .ckpt file in the original layout
+            - "hf://owner/name" on the Hugging Face hub, optionally followed by @revision,
+              /FILE.safetensors or both
+            - a `Reader`, the result of this function
+        config: the `Config` if `weights` contains none; None is that of `version`.
+        version: version of Stable Diffusion, 1 or 2.
+        prediction_type: what the model predicts: "epsilon" or "v_prediction". None reads it from
+            the checkpoint. Most files in the original layout do not tell it.
+        ema: whether to load the moving average of the diffusion model. Only files in the original
+            layout may have one.
 
     Returns:
-        A `Reader`. Nothing is downloaded before a component is built, except configs from the hub.
+        A `Reader`. Parameters are downloaded when a component is built; config files from the hub
+        are downloaded at once.
 
     Raises:
-        ValueError: no such preset, folder or file, or no known format.
+        ValueError: there is no such preset, folder or file, or its format is unknown.
     """
     if isinstance(weights, Reader):
         return weights
@@ -112,15 +119,18 @@ def open_checkpoint(
 
 
 def _find_reader(weights, config, version, ema):
+    """Returns the reader of a checkpoint, see `open_checkpoint`."""
     weights = KERASCV[version] if weights == "kerascv" else weights
     if str(weights).startswith(hub.SCHEME):
         repository, file = hub.find_repository(str(weights))
         if not file:
             return HubFolder(repository)
-        weights = repository.fetch(file)
+        weights = repository.fetch_file(file)
     path = EMBEDDED[weights] if weights in EMBEDDED else Path(weights or "")
     if ema and not is_single_file(path):
-        raise ValueError(f"ema is for files in the original layout, not for {str(weights)!r}.")
+        raise ValueError(
+            f"ema must be False, except for a file in the original layout, not {str(weights)!r}."
+        )
     if weights is None:
         return Reader(config)
     if weights in PRESETS:
@@ -138,27 +148,26 @@ def _find_reader(weights, config, version, ema):
 def save_checkpoint(
     pipeline, path: str | Path, format: str = "diffusers", dtype: str | None = None
 ):
-    """Writes a pipeline's four components (for OpenVINO the three that generate images).
+    """Writes the four components of a pipeline, or three for OpenVINO.
 
-    Components that are not built yet are built first. What was loaded into them, such as LoRAs and
-    embeddings, is written with them.
+    Components that are not built yet are built first. LoRAs and embeddings that were loaded are
+    written with the components.
 
     Args:
         pipeline: a `StableDiffusion`.
         path: path of the folder, or of the .safetensors file.
         format: a key of `FORMATS`.
-        dtype: "float32", "float16" or "bfloat16"; None is that of the diffusion model's
-            parameters. The Keras formats have no other; OpenVINO's takes None as bfloat16
-            where the processor computes in it, else as float16.
+        dtype: "float32", "float16" or "bfloat16". None keeps the dtype of the parameters; the
+            Keras formats have no other. For OpenVINO None is bfloat16 if the processor computes in
+            it, and float16 otherwise.
 
     Raises:
-        ValueError: an unknown format or dtype, a path that is something else already, or parameters
-            that the dtype can't hold. Nothing is written then.
+        ValueError: the format or dtype is unknown, the path contains something else, or the dtype
+            cannot hold the parameters. Nothing is written then.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    check_dtype(dtype)
     chosen = FORMATS[format]
     models = {component: getattr(pipeline, component) for component in chosen.components}
     chosen.write(path, pipeline.config, models, pipeline.tokenizer, dtype)

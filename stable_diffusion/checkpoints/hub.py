@@ -1,9 +1,10 @@
-"""Downloads from the Hugging Face hub: published parameters, checked before use, and repositories.
+"""Downloads from the Hugging Face hub: the presets' files, and repositories.
 
-`huggingface_hub` does the work: cache, progress, retries, `HF_HOME`, `HF_ENDPOINT`, and all its
-other settings. A file that is in its cache is used without asking the network.
+The library `huggingface_hub` downloads: it has the cache, the progress bar, retries, and settings
+such as `HF_HOME` and `HF_ENDPOINT`. A file that is in its cache is used without the network.
 
-The files are converted from Stability AI's and CompVis's. By using them you accept their licences:
+The presets' files were converted from those of Stability AI and CompVis. By using them you accept
+their licences:
 Stable Diffusion 1.4, CreativeML Open RAIL-M,
 https://raw.githubusercontent.com/CompVis/stable-diffusion/main/LICENSE; Stable Diffusion 2.1,
 CreativeML Open RAIL++-M,
@@ -15,7 +16,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-PUBLISHED = {  # file: (repository on the hub, sha256)
+PUBLISHED = {  # name of the file: (repository on the hub, sha256)
     "kcv_encoder.h5": (
         "fchollet/stable-diffusion",
         "4789e63e07c0e54d6a34a29b45ce81ece27060c499a709d556c7755b42bb0dc4",
@@ -42,61 +43,64 @@ PUBLISHED = {  # file: (repository on the hub, sha256)
     ),
 }
 SCHEME = "hf://"
-TIMEOUT = 10.0  # seconds for the list of a repository's files
+TIMEOUT = 10.0  # seconds, for the list of a repository's files
 ADDRESS = re.compile(  # owner/name, @revision, /FILE
     r"hf://([\w.-]+/[\w.-]+)(?:@([^@]+?))?(?:/([^@]+\.(?:safetensors|ckpt)))?"
 )
 BY_HAND = (
-    "If you have the file from elsewhere, put it under this name into a folder and pass "
-    "weights=FOLDER, or the file's path to the model's load_weights."
+    "If you have the file already, put it under this name into a folder and pass weights=FOLDER, "
+    "or pass its path to the model's load_weights."
 )
 
 
 def download_published(filename) -> str:
-    """Returns the path of a published file, downloaded if it isn't in the cache.
+    """Returns the path of a published file, and downloads it if it is not in the cache.
 
     Args:
         filename: a key of `PUBLISHED`.
 
     Returns:
-        The path in the cache of `huggingface_hub`, of a file whose sha256 was checked. The check
-        of a file is remembered with its size and time of change in a small file beside it, because
-        hashing gigabytes takes seconds.
+        The path in the cache of `huggingface_hub`. The sha256 of the file was checked. A small file
+        beside it remembers the check with the file's size and time of change, because hashing
+        gigabytes needs seconds.
 
     Raises:
-        ValueError: the file is not a published one, can't be downloaded, or has another sha256, in
-            which case it is removed from the cache.
-        ImportError: `huggingface_hub` isn't installed.
+        ValueError: the file is not a published one, it cannot be downloaded, or it has another
+            sha256. In the last case it is removed from the cache.
+        ImportError: `huggingface_hub` is not installed.
     """
     if filename not in PUBLISHED:
         raise ValueError(f"The published files are {', '.join(PUBLISHED)}, not {filename!r}.")
     repo, sha256 = PUBLISHED[filename]
-    path = _fetch(repo, filename)
-    _verify(Path(path), repo, sha256)
+    path = _fetch_file(repo, filename)
+    _verify_file(Path(path), repo, sha256)
     return path
 
 
 def find_repository(address):
-    """Returns the `Repository` and the name of the file, or None, that an address tells.
+    """Finds the repository of an address on the hub.
 
     Args:
-        address: "hf://owner/name", with @REVISION and /FILE.safetensors if need be.
+        address: "hf://owner/name", optionally followed by @REVISION, /FILE.safetensors or both.
+
+    Returns:
+        The `Repository`, and the name of the file or None.
 
     Raises:
-        ValueError: another form, or no such repository.
+        ValueError: the address has another form, or there is no such repository.
     """
     match = ADDRESS.fullmatch(address)
     if match is None:
         raise ValueError(
-            f"An address on the hub is hf://owner/name, hf://owner/name@revision or either with "
-            f"/FILE.safetensors, not {address!r}."
+            f"An address on the hub is hf://owner/name or hf://owner/name@revision, optionally "
+            f"followed by /FILE.safetensors, not {address!r}."
         )
     repo, revision, file = match.groups()
     return Repository(repo, revision), file
 
 
 class Repository:
-    """A repository of the hub at one commit; without a network, what the cache has of it.
+    """A repository of the hub at one commit. Without a network it has the files in the cache.
 
     Args:
         name: "owner/name".
@@ -104,15 +108,15 @@ class Repository:
 
     Attributes:
         files: names of its files.
-        folder: path of the folder in the cache that `fetch` has put files into.
+        folder: path of the folder in the cache with its files; None before the first download.
 
     Raises:
-        ValueError: no such repository or revision, or no network.
+        ValueError: there is no such repository or revision, or no network.
     """
 
     def __init__(self, name, revision=None):
         self.name, self.revision = name, revision
-        hub, errors = _library(name)
+        hub, errors = _import_hub(name)
         try:
             info = hub.HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
             self.files = [file.rfilename for file in info.siblings]
@@ -121,7 +125,7 @@ class Repository:
             try:
                 folder = hub.snapshot_download(name, revision=revision, local_files_only=True)
             except Exception:
-                raise _failed(str(self), hub, error) from error
+                raise _make_error(str(self), hub, error) from error
             self.folder = Path(folder)
             files = (path for path in self.folder.rglob("*") if path.is_file())
             self.files = [path.relative_to(self.folder).as_posix() for path in files]
@@ -130,12 +134,17 @@ class Repository:
     def __str__(self):
         return f"{SCHEME}{self.name}" + (f"@{self.revision}" if self.revision else "")
 
-    def fetch(self, name) -> Path:
-        """Returns the path of a file in the cache, downloaded if need be."""
+    def fetch_file(self, name) -> Path:
+        """Returns the path of a file in the cache, and downloads it if it is not there.
+
+        Raises:
+            ValueError: the repository has no such file, the file cannot be downloaded, or the
+                repository has changed since this object was made.
+        """
         if name not in self.files:
             some = ", ".join(sorted(self.files)[:10])
             raise ValueError(f"{self} has no {name}. It has {len(self.files)} files: {some} ...")
-        path = Path(_fetch(self.name, name, self.revision, self.commit))
+        path = Path(_fetch_file(self.name, name, self.revision, self.commit))
         folder = path.parents[len(Path(name).parts) - 1]
         if folder.name != self.commit:
             raise ValueError(f"{self} has changed while it was read. Load it again.")
@@ -143,48 +152,53 @@ class Repository:
         return path
 
 
-def _library(wanted):
-    """Imports `huggingface_hub`."""
+def _import_hub(wanted):
+    """Returns the modules `huggingface_hub` and `huggingface_hub.errors`.
+
+    Args:
+        wanted: name of what is downloaded, for the error.
+    """
     try:
         import huggingface_hub as hub
         from huggingface_hub import errors
     except ImportError as error:
         raise ImportError(
-            f"Downloading {wanted} takes huggingface_hub, which isn't installed: "
+            f"Downloading {wanted} needs huggingface_hub, which isn't installed: "
             f'pip install "stable-diffusion[hub]". {BY_HAND}'
         ) from error
     return hub, errors
 
 
-def _failed(what, hub, error):
+def _make_error(what, hub, error):
     return ValueError(
         f"{what} can't be downloaded from {hub.constants.ENDPOINT} "
         f"({type(error).__name__}: {error}). {BY_HAND}"
     )
 
 
-def _fetch(repo, filename, revision=None, commit=None):
-    """Returns a file's path: in the cache as of a commit, or downloaded as of a revision.
+def _fetch_file(repo, filename, revision=None, commit=None):
+    """Returns the path of a file in the cache, and downloads it if it is not there.
 
-    Downloading by the revision's name lets the cache remember which commit it was, for when there
-    is no network.
+    The cache is searched for the commit, but the download names the revision. So the cache
+    remembers which commit the revision was, and finds it later without a network.
     """
-    hub, errors = _library(filename)
+    hub, errors = _import_hub(filename)
     path = hub.try_to_load_from_cache(repo, filename, revision=commit or revision)
     if isinstance(path, str):
         return path
     try:
-        # Without a network, hf_hub_download alone would go on trying for half a minute. Whether a
-        # server that does answer is asked again is left to it.
+        # Without a network hf_hub_download tries again for half a minute. This request fails at
+        # once. If a server answers with an error, hf_hub_download decides whether to try again.
         with suppress(errors.HfHubHTTPError):
             hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, revision=revision))
         return hub.hf_hub_download(repo, filename, revision=revision)
-    except Exception as error:  # also those of the HTTP library beneath, which changes
-        raise _failed(f"{filename} of {repo}", hub, error) from error
+    except Exception as error:  # also errors of the HTTP library, which differs by version
+        raise _make_error(f"{filename} of {repo}", hub, error) from error
 
 
-def _verify(path, repo, sha256):
-    blob = path.resolve()  # what the cache shows under `path` is a link
+def _verify_file(path, repo, sha256):
+    """Raises a ValueError, and removes a file from the cache, unless it has this sha256."""
+    blob = path.resolve()  # the path in the cache is a link
     checked, stat = blob.with_name(f"{blob.name}.sha256-ok"), blob.stat()
     record = f"{sha256} {stat.st_size} {stat.st_mtime_ns}"
     if checked.is_file() and checked.read_text() == record:
@@ -194,7 +208,7 @@ def _verify(path, repo, sha256):
         while chunk := file.read(1 << 20):
             received.update(chunk)
     if received.hexdigest() == sha256:
-        with suppress(OSError):  # where the cache is read-only, the file is hashed each time
+        with suppress(OSError):  # if the cache is read-only, the file is hashed each time
             checked.write_text(record)
         return
     for file in (path, blob, checked):

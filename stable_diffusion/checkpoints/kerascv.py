@@ -1,11 +1,12 @@
-"""Keras' checkpoints: KerasCV's Keras 2 "legacy" .h5 files and Keras 3's .weights.h5, in a folder.
+"""Keras' checkpoints: a folder of KerasCV's .h5 files, or of Keras 3's .weights.h5 files.
 
-A legacy file lists its layers and each layer's tensors in the order in which Keras 2 built them.
-The names count instances (`dense_17`), so they are no key: the order is, and it is the order of the
-layers and weights of this project's models.
+KerasCV's files have Keras 2's "legacy" layout. Such a file lists its layers, and the tensors of
+each layer, in the order in which Keras 2 built them. The names contain counters (`dense_17`), which
+differ from run to run. So tensors are matched by their order, which is the order of the layers and
+weights of this project's models.
 
-Neither format says what a model looks like. The folders that this project writes have a subfolder
-`config` that does, in diffusers' words.
+Neither format contains a config. The folders that this project writes have a subfolder `config`
+with diffusers' config files.
 """
 
 import re
@@ -20,19 +21,20 @@ import h5py
 from keras import ops
 
 from stable_diffusion.checkpoints.diffusers_config import (
-    config_files,
+    CONFIG_FOLDER,
+    drop_index,
+    make_config_files,
     read_config,
-    read_files,
+    read_config_files,
     read_tokenizer,
-    without_index,
-    write_files,
+    write_config_files,
 )
 from stable_diffusion.checkpoints.hub import download_published
 from stable_diffusion.checkpoints.reader import Reader
-from stable_diffusion.checkpoints.tensors import spoil
+from stable_diffusion.checkpoints.tensors import fill_with_nan
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.config import COMPONENTS, SD1, SD2, Config
-from stable_diffusion.files import new_file, new_folder
+from stable_diffusion.files import replace_file, replace_folder
 
 V1_FILES = {
     "text_encoder": "kcv_encoder.h5",
@@ -45,7 +47,6 @@ V2_FILES = V1_FILES | {  # the VAE is the same
     "diffusion_model": "diffusion_model_v2_1.h5",
 }
 KERAS_FILES = {component: f"{component}.weights.h5" for component in COMPONENTS}
-CONFIG = "config"  # subfolder
 
 
 class Preset(NamedTuple):
@@ -60,10 +61,10 @@ PRESETS = {
     "sd2.1-base": Preset(SD2, V2_FILES),
 }
 
-LOOKS = (  # a shape that only one kind of file has, and which
+LOOKS = (  # a shape that only one of the published files has, and that file
     ((77, 768), "kcv_encoder.h5, the text encoder of Stable Diffusion 1"),
     ((77, 1024), "text_encoder_v2_1.h5, the text encoder of Stable Diffusion 2"),
-    ((3, 3, 9, 320), "an inpainting diffusion model, which takes 9 channels"),
+    ((3, 3, 9, 320), "an inpainting diffusion model, which has 9 channels of input"),
     ((768, 320), "kcv_diffusion_model.h5, the diffusion model of Stable Diffusion 1"),
     ((1024, 320), "diffusion_model_v2_1.h5, the diffusion model of Stable Diffusion 2"),
     ((1, 1, 4, 4), "kcv_decoder.h5, the VAE's decoder"),
@@ -75,33 +76,38 @@ MAX_LISTED = 100_000  # names of layers or tensors; Stable Diffusion has a few h
 
 
 class KerasCVFiles(Reader):
-    """Loads each component from one .h5 file; subclasses say from which.
+    """Loads each component from one .h5 file. Subclasses find the file.
 
-    The file is found before the component is built, so that a missing one is told at once.
+    The file is found before the component is built, so that an error about a missing file comes at
+    once.
     """
 
     loads = True
 
-    def find(self, component) -> str:
-        """Returns the path of a component's file."""
+    def find_component(self, component) -> str:
+        """Returns the path of the file of a component.
+
+        Raises:
+            ValueError: there is no such file.
+        """
         raise NotImplementedError
 
     def build(self, component, make):
-        self.find(component)
+        self.find_component(component)
         return super().build(component, make)
 
     def load(self, component, model):
-        model.load_weights(self.find(component))
+        model.load_weights(self.find_component(component))
 
 
 class KerasCVPreset(KerasCVFiles):
-    """Loads a published checkpoint. A component's file is downloaded when the component is first built.
+    """Loads a published checkpoint. Downloads the file of a component when it is built.
 
     Args:
         name: a key of `PRESETS`.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: there is no such preset.
     """
 
     def __init__(self, name):
@@ -110,28 +116,29 @@ class KerasCVPreset(KerasCVFiles):
         config, self.files = PRESETS[name]
         super().__init__(config)
 
-    def find(self, component):
+    def find_component(self, component):
         return download_published(self.files[component])
 
 
 class KerasCVFolder(KerasCVFiles):
-    """Loads files from a folder: with KerasCV's published names, or one .weights.h5 for each component.
+    """Loads the files of a folder: KerasCV's published names, or `<component>.weights.h5`.
 
-    Only the components asked for must be there. Published names are Stable Diffusion 2's if the folder
-    has that one's text encoder or diffusion model. If it has both versions', `config` decides.
+    The folder needs only the components that are used. With published names, the names of the text
+    encoder and of the diffusion model tell whether it is Stable Diffusion 1 or 2. If the folder has
+    the files of both versions, `config` decides.
 
     Args:
         folder: path of the folder.
-        config: the `Config`. The folder's own replaces it if there is one; so does the version's
-            that the names show, unless `config` is a custom one.
+        config: the `Config`. The config files in the folder replace it. If there are none, and it
+            is that of Stable Diffusion 1 or 2, the version that the names tell replaces it.
 
     Raises:
-        ValueError: no such folder; `build`: no such file in it.
+        ValueError: there is no such folder. Method `build`: the folder has no such file.
     """
 
     @staticmethod
     def recognize(path):
-        """Tells whether a path is such a folder."""
+        """Returns whether a path is a folder in one of these formats."""
         return path.is_dir() and any(path.glob("*.h5"))
 
     def __init__(self, folder, config):
@@ -152,46 +159,45 @@ class KerasCVFolder(KerasCVFiles):
         }
         v2 = has["2"] if has["1"] != has["2"] else config.unet.linear_projection
         self.files = KERAS_FILES if has["keras"] else V2_FILES if v2 else V1_FILES
-        self.configs = read_files(self.folder / CONFIG)
+        self.configs = read_config_files(self.folder / CONFIG_FOLDER)
         if self.configs:
-            config = read_config(self.folder / CONFIG, self.configs)
+            config = read_config(self.folder / CONFIG_FOLDER, self.configs)
         elif config in (SD1, SD2) and not has["keras"]:
             config = SD2 if v2 else SD1
         super().__init__(config)
 
     def tokenizer(self):
-        """Returns the tokenizer in the folder's `config`; CLIP's where there is none."""
-        return read_tokenizer(self.folder / CONFIG, self.configs, self.config.text)
+        """Returns the tokenizer in the subfolder `config`, or CLIP's if there is none."""
+        return read_tokenizer(self.folder / CONFIG_FOLDER, self.configs, self.config.text)
 
-    def find(self, component):
+    def find_component(self, component):
         path = self.folder / self.files[component]
         if not path.is_file():
             there = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
             raise ValueError(
-                f"{self.folder} has no {path.name}, the file of the {component.replace('_', ' ')}. "
-                f"It has: {there}."
+                f"{self.folder} has no {path.name}, the file of the {component}. It has: {there}."
             )
         return str(path)
 
 
 def save_keras(folder, config, models, tokenizer=None, dtype=None):
-    """Writes a folder of Keras 3's .weights.h5, one for each component, in the models' dtype.
+    """Writes a folder of Keras 3's .weights.h5 files, one for each component.
 
     Args:
-        folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
-        config: the `Config` the models were built from; it goes to the subfolder `config`.
+        folder: path of a folder that does not exist, is empty, or is a checkpoint to replace.
+        config: the `Config` that the models were built from. The subfolder `config` gets it.
         models: dict from component to model.
-        tokenizer: None for CLIP's.
-        dtype: None, or the models' own.
+        tokenizer: a `SimpleTokenizer`; None is CLIP's.
+        dtype: None, or the dtype of the models. The format has no other.
 
     Raises:
-        ValueError: a folder of something else, or another dtype.
+        ValueError: the folder contains something else, or `dtype` is another one.
     """
     _save_folder(folder, config, models, tokenizer, dtype, "keras")
 
 
 def save_kerascv(folder, config, models, tokenizer=None, dtype=None):
-    """Writes a folder of .h5 files that KerasCV loads with `load_weights`, under its names.
+    """Writes a folder of .h5 files with KerasCV's names, which its models load.
 
     Arguments and errors are those of `save_keras`.
     """
@@ -201,11 +207,14 @@ def save_kerascv(folder, config, models, tokenizer=None, dtype=None):
 def _save_folder(folder, config, models, tokenizer, dtype, format):
     own = models["diffusion_model"].weights[0].dtype
     if dtype not in (None, own):
-        raise ValueError(f"The {format} format is written in the models' {own}, not {dtype}.")
+        raise ValueError(
+            f"The {format} format has the dtype of the models, {own}; dtype must be None or that, "
+            f"not {dtype!r}."
+        )
     names = V2_FILES if config.unet.linear_projection else V1_FILES
-    with new_folder(folder, CONFIG) as written:
-        files = config_files(config, models, tokenizer or SimpleTokenizer())
-        write_files(written / CONFIG, without_index(files))
+    with replace_folder(folder, CONFIG_FOLDER) as written:
+        files = make_config_files(config, models, tokenizer or SimpleTokenizer())
+        write_config_files(written / CONFIG_FOLDER, drop_index(files))
         for component, model in models.items():
             if format == "kerascv":
                 save_legacy(model, written / names[component])
@@ -214,15 +223,17 @@ def _save_folder(folder, config, models, tokenizer, dtype, format):
 
 
 def save_legacy(model, path):
-    """Writes a model's parameters as Keras 2 did, as float32 unless they are float16 or float64.
+    """Writes the parameters of a model in Keras 2's legacy layout.
+
+    HDF5 has no bfloat16; such parameters are written as float32.
 
     Args:
         model: a built Keras model.
-        path: path of the file; one that exists is replaced at the very end.
+        path: path of the file. One that exists is replaced, as a whole or not at all.
 
     Reference: `save_weights_to_hdf5_group` in Keras 2's keras/saving/legacy/hdf5_format.py.
     """
-    with new_file(path) as written, h5py.File(written, "w") as file:
+    with replace_file(path) as written, h5py.File(written, "w") as file:
         layers = [layer for layer in model.layers if layer.weights]
         file.attrs["layer_names"] = [layer.name.encode() for layer in layers]
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
@@ -232,22 +243,22 @@ def save_legacy(model, path):
             group.attrs["weight_names"] = [name.encode() for name in names]
             for name, variable in zip(names, layer.weights, strict=True):
                 value = ops.convert_to_numpy(variable)
-                half = value.dtype.name == "bfloat16"  # which HDF5 has no word for
+                half = value.dtype.name == "bfloat16"
                 group[name] = value.astype("float32") if half else value
 
 
 def load_h5(model, path, load, **kwargs):
-    """Loads a model's parameters from a .h5 file of either kind: all of them, or none.
+    """Loads the parameters of a model from a .h5 file of Keras 2 or 3: all of them, or none.
 
     Args:
         model: a built Keras model.
         path: path of the file.
-        load: function of the path that loads Keras 3's formats.
-        **kwargs: passed to it.
+        load: function that loads Keras 3's formats; its arguments are the path and `kwargs`.
+        **kwargs: passed to `load`.
 
     Raises:
         ValueError: the file is truncated, corrupt or of another model; the message names the file
-            and what differs.
+            and says what differs.
     """
     if is_legacy(path):
         return load_legacy(model, path)
@@ -255,8 +266,8 @@ def load_h5(model, path, load, **kwargs):
         _compare_shapes(model, path)
     try:
         load(path, **kwargs)
-    except Exception as error:  # which, depends on what Keras was doing
-        spoil(model.weights)
+    except Exception as error:  # Keras raises many types
+        fill_with_nan(model.weights)
         raise ValueError(
             f"{path} can't be loaded: {error} All parameters of the model {model.name!r} are NaN "
             f"now; load it again from another file."
@@ -266,7 +277,7 @@ def load_h5(model, path, load, **kwargs):
 def _compare_shapes(model, path):
     """Raises a ValueError unless a .weights.h5 has as many tensors of each shape as the model.
 
-    An optimizer's, which Keras saves with those of a compiled model, don't count.
+    Tensors of an optimizer do not count. Keras saves them with those of a compiled model.
     """
     shapes = []
 
@@ -275,16 +286,15 @@ def _compare_shapes(model, path):
         if shape is not None and not name.startswith("optimizer/"):
             shapes.append(shape)
 
-    with _open(path) as file, _readable(path):
+    with _open_h5(path) as file, _explain_errors(path):
         file.visititems(note)
     ours = [tuple(variable.shape) for variable in model.weights]
     missing, unused = Counter(ours) - Counter(shapes), Counter(shapes) - Counter(ours)
     if missing or unused:
-        listed = [
-            f"{sum(counter.values())} {kind} ({', '.join(map(str, islice(counter, 10)))})"
-            for kind, counter in {"missing": missing, "unused": unused}.items()
-            if counter
-        ]
+        listed = []
+        for kind, counter in {"missing": missing, "unused": unused}.items():
+            some = ", ".join(map(str, islice(counter, MAX_DIFFERENCES)))
+            listed += [f"{sum(counter.values())} {kind} ({some})"] if counter else []
         raise ValueError(
             f"{path} doesn't fit the model {model.name!r}, which is unchanged. It has "
             f"{len(shapes)} tensors, the model {len(ours)}; by shape {'; '.join(listed)}."
@@ -292,30 +302,31 @@ def _compare_shapes(model, path):
 
 
 def is_legacy(path) -> bool:
-    """Tells KerasCV's .h5, Keras 2's legacy layout, from Keras 3's formats.
+    """Returns whether a file has Keras 2's legacy layout, like KerasCV's files.
+
+    `load_legacy` reads such files. `keras.Model.load_weights` may read the others.
 
     Args:
         path: path of a file of parameters.
 
-    Returns:
-        Whether `load_legacy` reads it. If not, `keras.Model.load_weights` may.
-
     Raises:
-        ValueError: the file is missing, truncated, or neither HDF5 nor named as Keras 3's formats.
+        ValueError: the file is missing or truncated, or it is not HDF5 and has none of the suffixes
+            of Keras 3's other formats.
     """
     if str(path).endswith(OTHER_FORMATS):
         return False
-    with _open(path) as file, _readable(path):
-        return _root(file) is not None
+    with _open_h5(path) as file, _explain_errors(path):
+        return _find_layers(file) is not None
 
 
 def load_legacy(model, path):
-    """Loads parameters from a Keras 2 legacy .h5 file, by order.
+    """Loads parameters from a Keras 2 legacy .h5 file, by their order.
 
-    Number of layers, number of tensors in each and all shapes are compared with the model before
-    the first parameter is assigned, so a file of another model leaves the model as it was. Tensors
-    are read one at a time. If reading fails midway, those already assigned are filled with NaN, so
-    that a model of two halves can't be used unnoticed; restoring them would take twice the memory.
+    The number of layers, the number of tensors in each layer and all shapes are compared with the
+    model before the first parameter is assigned. So a file of another model leaves the model
+    unchanged. Tensors are read one at a time. If reading fails midway, the parameters that were
+    assigned already are filled with NaN, so that nobody uses a half-loaded model by mistake. To
+    restore them would need twice the memory.
 
     Args:
         model: a built Keras model.
@@ -323,13 +334,13 @@ def load_legacy(model, path):
 
     Raises:
         ValueError: the file is truncated, corrupt or of another model; the message names the file
-            and what differs.
+            and says what differs.
     """
     ours = [(layer.name, layer.weights) for layer in model.layers if layer.weights]
-    with _open(path) as file:
-        with _readable(path):
+    with _open_h5(path) as file:
+        with _explain_errors(path):
             theirs = _read_layers(file, path)
-            _compare(model, ours, path, theirs)
+            _compare_layers(model, ours, path, theirs)
         pairs = [
             (variable, *tensor)
             for (_, variables), (_, tensors) in zip(ours, theirs, strict=True)
@@ -338,8 +349,8 @@ def load_legacy(model, path):
         for i, (variable, name, dataset) in enumerate(pairs):
             try:
                 variable.assign(dataset[()])
-            except BaseException as error:  # whatever it is, also Ctrl-C
-                spoil(variable for variable, *_ in pairs[: i + 1])
+            except BaseException as error:  # also Ctrl-C
+                fill_with_nan(variable for variable, *_ in pairs[: i + 1])
                 if not isinstance(error, OSError):
                     raise
                 raise ValueError(
@@ -349,8 +360,8 @@ def load_legacy(model, path):
 
 
 @contextmanager
-def _readable(path):
-    """Turns what h5py raises about an open file into a ValueError that names the file."""
+def _explain_errors(path):
+    """Turns an error that h5py raises about an open file into a ValueError that names the file."""
     try:
         yield
     except (OSError, RuntimeError, LookupError, TypeError, UnicodeError) as error:
@@ -358,12 +369,16 @@ def _readable(path):
         raise ValueError(f"{path} is corrupt: {why}.") from error
 
 
-def _open(path):
-    """Opens an HDF5 file; a ValueError names one that is missing, truncated or something else."""
+def _open_h5(path):
+    """Opens an HDF5 file.
+
+    Raises:
+        ValueError: the file is missing, truncated or not HDF5.
+    """
     path = Path(path)
     if not path.is_file():
         wrong = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {wrong}; the path of a .h5 file is needed.")
+        raise ValueError(f"path must be that of a .h5 file, but {path} {wrong}.")
     try:
         if not h5py.is_hdf5(path):
             with path.open("rb") as file:
@@ -381,8 +396,11 @@ def _open(path):
         ) from error
 
 
-def _root(file):
-    """Returns the group that lists the layers, or None. A whole saved model has it further in."""
+def _find_layers(file):
+    """Returns the group that lists the layers, or None.
+
+    In files of `model.save` it is a subgroup.
+    """
     for group in (file, file.get("model_weights")):
         if group is not None and not {"layer_names", "layer_names0"}.isdisjoint(group.attrs):
             return group
@@ -390,21 +408,21 @@ def _root(file):
 
 
 def _read_names(group, attribute):
-    """Reads a list of names, which Keras 2 cut into numbered chunks where it is over 64 kB."""
+    """Reads a list of names. Keras 2 split lists of more than 64 kB into numbered chunks."""
     names, chunks = [], [attribute]
     if attribute not in group.attrs:
         chunks = [f"{attribute}{n}" for n in range(len(group.attrs))]
         chunks = [chunk for chunk in chunks if chunk in group.attrs]
     for chunk in chunks:
         if (count := prod(group.attrs.get_id(chunk).shape)) > MAX_LISTED:
-            raise LookupError(f"{chunk} has {count:,} names")  # before there is memory for them
+            raise LookupError(f"{chunk} has {count:,} names")  # before they fill the memory
         names += list(group.attrs[chunk])
     return [name.decode() if isinstance(name, bytes) else name for name in names]
 
 
 def _read_layers(file, path):
-    """Returns `(layer, [(tensor, dataset), …])` of each layer with tensors, in order."""
-    root = _root(file)
+    """Returns `(name, [(name of tensor, dataset), …])` of each layer with tensors, in order."""
+    root = _find_layers(file)
     if root is None:
         raise ValueError(f"{path} is not in Keras 2's legacy layout: it has no list of layers.")
     layers = [(name, root[name]) for name in _read_names(root, "layer_names")]
@@ -415,7 +433,7 @@ def _read_layers(file, path):
     return [(layer, tensors) for layer, tensors in layers if tensors]
 
 
-def _compare(model, ours, path, theirs):
+def _compare_layers(model, ours, path, theirs):
     """Raises a ValueError unless layers, tensors and shapes agree and all tensors are float."""
     differences = []
     for (_, variables), (_, tensors) in zip_longest(ours, theirs, fillvalue=("", [])):
@@ -434,11 +452,11 @@ def _compare(model, ours, path, theirs):
     total, listed = len(differences), "\n".join(differences[:MAX_DIFFERENCES])
     raise ValueError(
         f"{path} doesn't fit the model {model.name!r}, which is unchanged. It has "
-        f"{_count(theirs, shapes)}, the model {_count(ours, our_shapes)}.{looks}\n"
+        f"{_describe_size(theirs, shapes)}, the model {_describe_size(ours, our_shapes)}.{looks}\n"
         f"The first {min(total, MAX_DIFFERENCES)} of {total} differences, model | file:\n{listed}"
     )
 
 
-def _count(layers, shapes):
+def _describe_size(layers, shapes):
     numbers = sum(map(prod, shapes))
     return f"{len(layers)} layers with {len(shapes)} tensors of {numbers:,} parameters"

@@ -1,4 +1,4 @@
-"""How formats name the parameters of a model: tables from our layers' names to theirs."""
+"""How a format names the parameters of a model: tables from our names of layers to theirs."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import keras
 
-LEAVES = {  # ours, and PyTorch's
+LEAVES = {  # our names of variables, and PyTorch's
     "kernel": "weight",  # Dense (in, out) is Linear (out, in); (h, w, in, out) is (out, in, h, w)
     "bias": "bias",
     "gamma": "weight",
@@ -16,17 +16,25 @@ LEAVES = {  # ours, and PyTorch's
 
 
 class Slot(NamedTuple):
-    """Where a variable is stored: in the tensor `name`, as the `row`-th of `rows` equal slices."""
+    """The place of a variable in a file: slice number `row` of `rows` equal slices of a tensor.
+
+    Attributes:
+        variable: the Keras variable.
+        name: name of the tensor in the file.
+        row: index of the slice, from 0.
+        rows: number of variables that the tensor holds, one below the other.
+        matrix: whether the file has the kernel of a 1x1 convolution as a matrix.
+    """
 
     variable: keras.Variable
     name: str
     row: int = 0
     rows: int = 1
-    matrix: bool = False  # a kernel of 1x1 that is a matrix there
+    matrix: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the slice there: kernels have the output first."""
+        """The shape of the slice in the file, where the outputs are the first axis of a kernel."""
         shape = tuple(self.variable.shape)
         if self.variable.path.endswith("/kernel"):
             shape = (shape[-1], shape[-2], *shape[:-2])
@@ -35,25 +43,32 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a format calls the tensors of one component.
+    """The names that a format gives to the tensors of one component.
 
-    A path such as "down_0_attn_1/attn1/to_q/kernel" is translated component by component: the first
-    by `names`, the last by `LEAVES`, and those between by `within`, or by `residual` in a residual
-    block. None stands for no component at all.
+    A path such as "down_0_attn_1/attn1/to_q/kernel" is translated piece by piece: the first piece
+    by `names`, the last one by `LEAVES`, and those between by `within`, or by `residual` if they
+    are in a residual block. A piece that is not in the table keeps its name. A piece that the table
+    translates to None is left out.
 
-    In `names`, {i} is the number of a level, {j} that of a block in it. For formats that count
-    otherwise there are {r}, the level counted from the other end; {n}, the block counted over all
-    levels, with what halves or doubles the size; and {u}, the place of a doubling in its block.
+    In our names, {i} is the number of a stage, and {j} the number of a block in it. Formats that
+    count in another way use these in their names:
+
+        {r}  the number of the stage, counted from the other end
+        {n}  the number of the block over all stages, where halving or doubling the size counts as
+             a block
+        {u}  the index of the layer that doubles the size, in its block
 
     Args:
-        names, within, residual: dicts from our components to theirs.
-        prefix: before each name.
-        special: what the above can't say: pairs of a pattern of translated names and what the
-            matching part is replaced by. If the pattern has a group "qkv", the tensor holds three
-            of our variables, one below the other, and the group tells which.
-        matrices: pattern of paths whose 1x1 kernels are stored as matrices.
-        ignored: pattern of names that a file may have beside the component's.
-        older: what versions of the format name otherwise: pairs of a text in names, and the other.
+        names, within, residual: dicts from our names to theirs.
+        prefix: text before every name in the file.
+        special: exceptions that the tables cannot express: pairs of a pattern, which is searched in
+            the translated name, and a replacement for the rest of the name from the match on. If
+            the pattern has a group "qkv", the tensor holds three of our variables, one below the
+            other, and the group tells which of them: q, k or v.
+        matrices: pattern of paths. Kernels of 1x1 with such a path are stored as matrices.
+        ignored: pattern of names that a file may have besides those of the component.
+        older: other names in older or newer versions of the format: pairs of a text in names, and
+            the text that stands there instead.
     """
 
     names: dict[str, str | None]
@@ -65,17 +80,18 @@ class Layout:
     ignored: str = r"(?!)"
     older: tuple[tuple[str, str], ...] = ()
 
-    def slots(self, model, attention=(), res_blocks=0) -> list[Slot]:
-        """Returns the slot of each of a model's variables, in their order.
+    def find_slots(self, model, attention=(), res_blocks=0) -> list[Slot]:
+        """Returns the slot of each variable of a model, in the order of `model.weights`.
 
         Args:
             model: the Keras model of the component.
-            attention, res_blocks: of its config, where `names` count over all levels.
+            attention, res_blocks: these fields of its config, needed where `names` count blocks
+                over all stages.
 
         Raises:
-            ValueError: a variable that the layout has no place for.
+            ValueError: the layout has no name for a variable.
         """
-        prefix = f"{model.name}/"  # a keras.Sequential puts its own name before those of its layers
+        prefix = f"{model.name}/"  # keras.Sequential puts its name before the names of its layers
         if not all(variable.path.startswith(prefix) for variable in model.weights):
             prefix = ""
         patterns = {
@@ -87,7 +103,7 @@ class Layout:
             path = variable.path.removeprefix(prefix)
             name = self._translate(path, patterns, attention, res_blocks)
             if name is None:
-                raise ValueError(f"The layout has no place for the variable {variable.path}.")
+                raise ValueError(f"The layout has no name for the variable {variable.path}.")
             row, rows = 0, 1
             for pattern, replacement in self.special:
                 if match := re.search(pattern, name):

@@ -1,8 +1,8 @@
-"""Names of parameters that several formats share: tables from our layers' names to theirs."""
+"""Names of parameters that several formats share: tables from our names of layers to theirs."""
 
 from stable_diffusion.checkpoints.layout import Layout
 
-TRANSFORMER = {  # within a spatial transformer, in diffusers' and the original layout
+TRANSFORMER = {  # in a spatial transformer; diffusers' and the original layout
     "norm1": "transformer_blocks.0.norm1",
     "attn1": "transformer_blocks.0.attn1",
     "norm2": "transformer_blocks.0.norm2",
@@ -12,7 +12,7 @@ TRANSFORMER = {  # within a spatial transformer, in diffusers' and the original 
     "ff_out": "transformer_blocks.0.ff.net.2",
     "to_out": "to_out.0",
 }
-CLIP = Layout(  # the text encoder as transformers names it, in diffusers' and the original layout
+CLIP = Layout(  # transformers' text encoder, in diffusers' and the original layout
     names={
         "clip_embedding": "text_model.embeddings",
         "layer_{i}": "text_model.encoder.layers.{i}",
@@ -27,5 +27,5 @@ CLIP = Layout(  # the text encoder as transformers names it, in diffusers' and t
         "fc2": "mlp.fc2",
     },
     ignored=r"(text_model\.)?embeddings\.position_ids|logit_scale|text_projection\.weight",
-    older=(("text_model.", ""),),  # the newest transformers leave it out
+    older=(("text_model.", ""),),  # the newest versions of transformers omit this prefix
 )

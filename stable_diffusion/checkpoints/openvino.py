@@ -1,12 +1,14 @@
-"""A folder of models that OpenVINO runs by itself: the fastest way to draw on a CPU.
+"""A folder of models that OpenVINO runs without Keras: the fastest way to generate on a CPU.
 
     model.save("folder", format="openvino")       # once, with KERAS_BACKEND=openvino
     StableDiffusion(weights="folder")             # then, with any backend of Keras
 
-The files are OpenVINO's own (.xml and .bin). It maps parameters into memory, where Keras on
-OpenVINO holds a copy beside those that are compiled, and knows all shapes when it compiles. It
-computes in bfloat16 where the processor can. Such models have the size of picture they were written
-for, draw, and do nothing else: no training, no LoRA, no encoding of pictures.
+The files are in OpenVINO's own format (.xml and .bin). Keras on OpenVINO keeps a copy of all
+parameters beside those that OpenVINO compiled. OpenVINO itself maps the parameters into memory, and
+knows all shapes when it compiles. It computes in bfloat16 where the processor can.
+
+Such models only generate images, and only in the size for which they were written. They can't be
+trained, they accept no LoRA, and they have no image encoder.
 """
 
 from dataclasses import replace
@@ -17,36 +19,38 @@ import numpy as np
 from keras import ops
 
 from stable_diffusion.checkpoints.diffusers_config import (
-    config_files,
+    CONFIG_FOLDER,
+    drop_index,
+    make_config_files,
     read_config,
-    read_files,
+    read_config_files,
     read_tokenizer,
-    without_index,
-    write_files,
+    write_config_files,
 )
-from stable_diffusion.checkpoints.reader import Reader, loaded
-from stable_diffusion.files import new_folder
+from stable_diffusion.checkpoints.reader import Reader, loaded_models
+from stable_diffusion.checkpoints.tensors import check_dtype
+from stable_diffusion.files import replace_folder
 
-CONFIG = "config"  # subfolder
-NEEDED = ("text_encoder", "diffusion_model", "decoder")
-DTYPES = ("float32", "float16", "bfloat16")
+NEEDED = ("text_encoder", "diffusion_model", "decoder")  # the components that generate images
 
 
 class CompiledModel:
-    """A model in OpenVINO's format, with as much of a Keras model as drawing needs.
+    """A model in OpenVINO's format, with those methods of a Keras model that the pipeline calls.
 
     Args:
         path: path of the .xml file.
 
     Raises:
-        ValueError: OpenVINO can't read it, or isn't installed.
+        ValueError: OpenVINO cannot read the file, or it is not installed.
     """
 
     def __init__(self, path: str | Path):
         try:
             import openvino
         except ImportError as error:
-            raise ValueError(f"{path} needs the package openvino: pip install openvino") from error
+            raise ValueError(
+                f"{path} needs OpenVINO, which isn't installed: pip install openvino"
+            ) from error
         self.path, self.name, self.core = path, path.stem, openvino.Core()
         self.shapes = self.compiled = None
         try:
@@ -55,28 +59,24 @@ class CompiledModel:
             raise ValueError(f"{path} can't be read by OpenVINO: {error}") from error
 
     def compile(self, jit_compile=None):
-        """Does nothing: what it is compiled for is known with the first inputs."""
+        """Does nothing: OpenVINO compiles when it knows the shapes of the first inputs."""
 
     @property
     def weights(self):
-        """Not there.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raises a ValueError: a compiled model has no parameters that can be read or changed."""
         raise ValueError(f"{self.path} is compiled: its parameters can't be read or changed.")
 
     def predict_on_batch(self, inputs):
-        """Runs the model; the first run with a batch of another size compiles it.
+        """Runs the model. If the shapes differ from those of the last run, compiles it first.
 
         Args:
-            inputs: array, or list or dict of arrays in the order of the model's inputs.
+            inputs: array, or a list or dict of arrays in the order of the model's inputs.
 
         Returns:
             float32 array.
 
         Raises:
-            ValueError: inputs of other shapes than the model has.
+            ValueError: the model does not accept inputs of these shapes.
         """
         inputs = inputs.values() if isinstance(inputs, dict) else inputs
         inputs = [inputs] if hasattr(inputs, "shape") else list(inputs)
@@ -89,7 +89,7 @@ class CompiledModel:
                 for shape, given in zip(accepted, shapes, strict=True)
             ):
                 accepted = ", ".join(map(str, accepted))
-                raise ValueError(f"{self.path} takes inputs of shapes {accepted}, not {shapes}.")
+                raise ValueError(f"{self.path} accepts inputs of shapes {accepted}, not {shapes}.")
             graph = self.graph.clone()
             graph.reshape({n: list(shape) for n, shape in enumerate(shapes)})
             self.compiled, self.shapes = self.core.compile_model(graph, "CPU"), shapes
@@ -97,38 +97,41 @@ class CompiledModel:
 
 
 class OpenVINOFolder(Reader):
-    """Loads what `save_openvino` wrote.
+    """Loads a folder that `save_openvino` wrote.
 
     Args:
         folder: path of the folder.
 
     Raises:
-        ValueError: there is no config in it; `build`: no such file.
+        ValueError: the folder has no config. Method `build`: the folder has no such component.
     """
 
     loads = True
 
     @staticmethod
     def recognize(path):
-        """Tells whether a path is such a folder."""
+        """Returns whether a path is a folder in this format."""
         return (path / "diffusion_model.xml").is_file()
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.files = read_files(self.folder / CONFIG)
-        super().__init__(read_config(self.folder / CONFIG, self.files))
+        self.files = read_config_files(self.folder / CONFIG_FOLDER)
+        super().__init__(read_config(self.folder / CONFIG_FOLDER, self.files))
 
     def tokenizer(self):
-        """Returns the tokenizer in the folder's `config`; CLIP's where there is none."""
-        return read_tokenizer(self.folder / CONFIG, self.files, self.config.text)
+        """Returns the tokenizer in the subfolder `config`, or CLIP's if there is none."""
+        return read_tokenizer(self.folder / CONFIG_FOLDER, self.files, self.config.text)
 
     def build(self, component, make):
         """Returns the `CompiledModel` of a component."""
         path = self.folder / f"{component}.xml"
         if not path.is_file():
-            raise ValueError(f"{self.folder} has no {path.name}: it draws, and does nothing else.")
+            raise ValueError(
+                f"{self.folder} has no {path.name}. Folders for OpenVINO have only "
+                f"{', '.join(NEEDED)}, which generate images."
+            )
         model = CompiledModel(path)
-        loaded.add(model)
+        loaded_models.add(model)
         return model
 
 
@@ -136,45 +139,45 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
     """Writes a folder of models for OpenVINO.
 
     Args:
-        folder: path, of a folder that doesn't exist, is empty, or is a checkpoint to replace.
-        config: the `Config` the models were built from.
+        folder: path of a folder that does not exist, is empty, or is a checkpoint to replace.
+        config: the `Config` that the models were built from.
         models: dict from each of `NEEDED` to its Keras model.
         tokenizer: the `SimpleTokenizer`.
-        dtype: of the parameters in the file, one of `DTYPES`. None is "bfloat16" where the
-            processor computes in it, else "float16".
+        dtype: dtype of the parameters in the files, one of `tensors.DTYPES`. None is "bfloat16" if
+            the processor computes in it, and "float16" otherwise.
 
     Raises:
-        ValueError: models or a dtype that can't be written, or a folder of something else.
+        ValueError: Keras' backend is not OpenVINO, the dtype is unknown, or the folder contains
+            something else.
     """
     if keras.backend.backend() != "openvino":
         raise ValueError(
-            "The openvino format is written with KERAS_BACKEND=openvino (and read with any), not "
-            f"{keras.backend.backend()}."
+            "The openvino format is written with KERAS_BACKEND=openvino, not "
+            f"{keras.backend.backend()}; every backend reads it."
         )
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"The openvino format has {', '.join(DTYPES)}, not {dtype}.")
+    check_dtype(dtype)
     import openvino
 
     can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     dtype = dtype or ("bfloat16" if "BF16" in can else "float16")
 
-    with new_folder(folder, CONFIG) as written:
+    with replace_folder(folder, CONFIG_FOLDER) as written:
         size = models["decoder"].output_shape[1]
-        files = config_files(replace(config, size=size), models, tokenizer)
-        write_files(written / CONFIG, without_index(files))
+        files = make_config_files(replace(config, size=size), models, tokenizer)
+        write_config_files(written / CONFIG_FOLDER, drop_index(files))
         for component in NEEDED:
-            graph, path = _graph(models[component]), written / f"{component}.xml"
+            graph, path = _trace_graph(models[component]), written / f"{component}.xml"
             if dtype == "bfloat16":
-                _narrow(graph)
-            _multiply(graph)
-            _fold(graph)
+                _convert_to_bfloat16(graph)
+            _replace_convolutions(graph)
+            _fold_constants(graph)
             openvino.save_model(graph, path, compress_to_fp16=dtype == "float16")
 
 
-def _graph(model):
-    """Returns a Keras model as OpenVINO's, for any number of pictures.
+def _trace_graph(model):
+    """Returns a Keras model as a model of OpenVINO, for any batch size.
 
-    Keras' own `export` fixes that number, and can't call a model with several inputs.
+    Keras' own `export` fixes the batch size, and cannot call a model with several inputs.
     """
     import openvino
 
@@ -189,11 +192,11 @@ def _graph(model):
     return openvino.Model([output.output], parameters, model.name)
 
 
-def _narrow(graph):
-    """Turns a graph in float32 into one in bfloat16, with the same inputs and outputs.
+def _convert_to_bfloat16(graph):
+    """Converts a graph from float32 to bfloat16, except its inputs and outputs.
 
-    OpenVINO computes graphs of all dtypes in bfloat16 where the processor can. But it takes the
-    time and the memory to make float32 of other parameters first.
+    OpenVINO computes graphs of all dtypes in bfloat16 where the processor can. But parameters of
+    other dtypes it converts to float32 first, which needs time and memory.
     """
     import openvino
     from openvino import opset13
@@ -206,26 +209,27 @@ def _narrow(graph):
         if kind == "Constant":
             tensor = openvino.Tensor(openvino.Type.bf16, node.shape)
             tensor.data.view("uint16")[...] = node.data.astype("bfloat16").view("uint16")
-            _feed(users, openvino.op.Constant(tensor, shared_memory=False))
+            _replace_input(users, openvino.op.Constant(tensor, shared_memory=False))
         elif kind == "Parameter":
-            _feed(users, opset13.convert(node, "bf16"))
+            _replace_input(users, opset13.convert(node, "bf16"))
         elif kind == "Convert":
             node.set_attribute("destination_type", "bf16")
     for result in graph.get_results():
-        _feed([result.input(0)], opset13.convert(result.input_value(0), "f32"))
+        _replace_input([result.input(0)], opset13.convert(result.input_value(0), "f32"))
     graph.validate_nodes_and_infer_types()
 
 
-def _feed(users, node):
+def _replace_input(users, node):
+    """Lets inputs of other nodes read the output of a node."""
     for user in users:
         user.replace_source_output(node.output(0))
 
 
-def _multiply(graph):
-    """Turns 1x1 convolutions into matrix products.
+def _replace_convolutions(graph):
+    """Replaces 1x1 convolutions by matrix products.
 
-    OpenVINO convolves with channels first, Keras here with channels last: a product spares the
-    transposes before and after.
+    OpenVINO's convolutions have the channels first, but our models have them last. So each
+    convolution stands between two transposes, which a matrix product does not need.
     """
     from openvino import opset13
 
@@ -241,13 +245,13 @@ def _multiply(graph):
             matrix = opset13.reshape(kernel, list(kernel.get_shape())[:2], special_zero=False)
             product = opset13.matmul(before.get_node().input_value(0), matrix, False, True)
             for user in users:
-                _feed(user.output(0).get_target_inputs(), product)
+                _replace_input(user.output(0).get_target_inputs(), product)
 
 
-def _fold(graph):
-    """Computes all that depends on parameters alone, above all kernels in OpenVINO's layout.
+def _fold_constants(graph):
+    """Computes everything that depends only on parameters, mostly kernels in OpenVINO's layout.
 
-    OpenVINO would do so each time it compiles, and hold the results beside the parameters.
+    Otherwise OpenVINO does so whenever it compiles, and keeps the results beside the parameters.
     """
     from openvino import passes
 

@@ -1,7 +1,7 @@
 """Checkpoints in the original layout: one file with all components, .safetensors or .ckpt.
 
-CompVis and Stability published Stable Diffusion 1 and 2 so, and most community sites share models
-so. The names say which component a tensor belongs to:
+CompVis and Stability AI published Stable Diffusion 1 and 2 in this layout, and most community sites
+share models in it. The name of a tensor tells its component:
 
     model.diffusion_model.*         the diffusion model
     first_stage_model.*             the VAE: decoder and image encoder
@@ -9,9 +9,9 @@ so. The names say which component a tensor belongs to:
     cond_stage_model.model.*        the text encoder of Stable Diffusion 2, as OpenCLIP names it
     model_ema.*                     the diffusion model's moving average
 
-Such a file has no config. What a model looks like is read from the shapes of its tensors, and the
-rest is as in Stable Diffusion 1 and 2. What this project writes has its config in the file's
-metadata, in diffusers' words, so that narrower models and KerasCV's dialect come back as they were.
+Such a file has no config. The shapes of its tensors tell most of it, and the rest is as in Stable
+Diffusion 1 or 2. Files that this project writes have diffusers' config files in their metadata. So
+narrower models, and models in KerasCV's dialect, come back unchanged.
 
 Reference for the names: https://github.com/CompVis/stable-diffusion (ldm/modules) and
 https://github.com/mlfoundations/open_clip (transformer.py).
@@ -27,25 +27,26 @@ import numpy as np
 
 from stable_diffusion.checkpoints.diffusers_config import (
     MERGES,
-    config_files,
+    drop_index,
+    make_config_files,
     read_config,
     read_tokenizer,
-    without_index,
 )
 from stable_diffusion.checkpoints.layout import Layout
 from stable_diffusion.checkpoints.names import CLIP, TRANSFORMER
-from stable_diffusion.checkpoints.reader import Reader
+from stable_diffusion.checkpoints.reader import Reader, check_components
 from stable_diffusion.checkpoints.tensors import (
+    SAFETENSORS_SUFFIX,
     TORCH_SUFFIXES,
     SafetensorsFiles,
     TorchFile,
     collect_tensors,
+    guess_family,
     load_tensors,
-    looks_like,
     save_safetensors,
 )
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.config import COMPONENTS, SD1, SD2, Config, undo_departures
+from stable_diffusion.config import SD1, SD2, Config, undo_departures
 
 VAE = {
     "within": {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out", "attn": None},
@@ -138,7 +139,7 @@ OPENCLIP_LAYOUT = Layout(
     ),
     ignored=r"text_projection(\.weight)?|logit_scale|attn_mask",
 )
-ROOTS = {  # one tensor of each component, and what files put before the component's names
+ROOTS = {  # one tensor of each component, and the prefixes that files put before its names
     "diffusion_model": ("input_blocks.0.0.weight", ("model.diffusion_model.", "")),
     "decoder": ("decoder.conv_in.weight", ("first_stage_model.", "vae.", "")),
     "image_encoder": ("encoder.conv_in.weight", ("first_stage_model.", "vae.", "")),
@@ -152,33 +153,37 @@ ROOTS = {  # one tensor of each component, and what files put before the compone
     ),
     "openclip": ("ln_final.weight", ("cond_stage_model.model.", "")),
 }
-CONFIG_KEY = "stable_diffusion.config"  # of the metadata: JSON of the files of `diffusers_config`
+CONFIG_KEY = "stable_diffusion.config"  # key of the metadata: JSON of diffusers' config files
+# Config files that are not stored: others imply them.
 UNNEEDED = ("tokenizer/vocab.json", "tokenizer/tokenizer_config.json")
-# The last layer of OpenCLIP, which isn't used but is in every file: of zeros in those written here.
+# The last layer of OpenCLIP. No model uses it, but other programs expect it in the file. We write
+# zeros.
 UNUSED = "cond_stage_model.model.transformer.resblocks.{}."
-V_KEYS = ("v_pred", "v-pred")  # an empty tensor of this name marks a model that predicts v
+V_KEYS = ("v_pred", "v-pred")  # an empty tensor with such a name marks a model that predicts v
 
 
 def is_single_file(path):
-    """Tells whether a path is a file that may be in the original layout, by its suffix."""
-    return path.suffix in (".safetensors", *TORCH_SUFFIXES) and path.is_file()
+    """Returns whether a path is a file with a suffix of this format."""
+    return path.suffix in (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES) and path.is_file()
 
 
 class SingleFile(Reader):
-    """Reads a file in the original layout; it needs only the components that are asked for.
+    """Reads a file in the original layout. It needs only the components that are used.
 
     Args:
-        path: path of a .safetensors file, or of a .ckpt, for which PyTorch has to be installed.
-        prediction_type: what the model predicts, which its tensors don't show: "epsilon" or
-            "v_prediction". None takes what the file's metadata or a .yaml beside it, of the same
-            name, says, and "epsilon" where they say nothing.
-        ema: whether the diffusion model's moving average is loaded where the file has both.
+        path: path of a .safetensors file, or of a .ckpt file, which needs PyTorch.
+        prediction_type: what the model predicts, "epsilon" or "v_prediction". None reads it from
+            the file's metadata, or from a .yaml file beside it with the same name; if neither
+            tells, it is "epsilon".
+        ema: whether to load the moving average of the diffusion model instead of its parameters.
 
     Attributes:
-        config: the `Config`: that of the metadata, else of the original dialect.
+        config: the `Config` in the metadata. If there is none, that which the tensors show, in the
+            original dialect.
 
     Raises:
-        ValueError: a file that can't be read, or of another family.
+        ValueError: the file cannot be read, is of another family of models, or has no moving
+            average although `ema` is set.
     """
 
     loads = True
@@ -191,51 +196,55 @@ class SingleFile(Reader):
         self.roots = self.find_roots(names)
         if all(root is None for root in self.roots.values()):
             raise ValueError(
-                f"{path} has no component of a Stable Diffusion in the original layout: there is no "
-                f"tensor such as {ROOTS['diffusion_model'][1][0]}{ROOTS['diffusion_model'][0]}."
-                f"{looks_like(names)}"
+                f"{path} has no component of a Stable Diffusion in the original layout: it has no "
+                f"tensor like {ROOTS['diffusion_model'][1][0]}{ROOTS['diffusion_model'][0]}."
+                f"{guess_family(names)}"
             )
-        if "isn't supported" in (family := looks_like(names)):
+        if "isn't supported" in (family := guess_family(names)):
             raise ValueError(f"{path} can't be loaded.{family}")
         if ema and not any(name.startswith("model_ema.") for name in names):
-            raise ValueError(f"{path} has no moving average: no tensor of it is a model_ema.*.")
-        self.files = _metadata(self.source)
-        config = read_config(self.path, self.files) if self.files else self._detect()
+            raise ValueError(f"{path} has no moving average: it has no tensors model_ema.*.")
+        self.files = _read_metadata(self.source)
+        config = read_config(self.path, self.files) if self.files else self._detect_config()
         found = prediction_type or config.schedule.prediction_type
         config = replace(config, schedule=replace(config.schedule, prediction_type=found))
         super().__init__(config)
 
     @staticmethod
     def find_roots(names):
-        """Returns what the file puts before the names of each component, None where it hasn't it."""
+        """Returns a dict from each component to the prefix of its names, None if it is missing."""
         return {
             component: next((root for root in roots if root + name in names), None)
             for component, (name, roots) in ROOTS.items()
         }
 
     def build(self, component, make):
-        """See `Reader.build`; a ValueError if the file hasn't the component."""
-        self._layout(component)
+        """See `Reader.build`.
+
+        Raises:
+            ValueError: the file does not have the component, or its tensors do not fit.
+        """
+        self._find_layout(component)
         return super().build(component, make)
 
     def load(self, component, model):
-        """Loads a component's parameters: all of them, or none and a ValueError."""
-        layout = self._layout(component)
-        slots = layout.slots(model, **_counting(component, self.config))
+        """Loads the parameters of a component: all of them, or none and a ValueError."""
+        layout = self._find_layout(component)
+        slots = layout.find_slots(model, **_get_counts(component, self.config))
         if component == "diffusion_model" and self.ema:
-            slots = [slot._replace(name=_ema_name(slot.name)) for slot in slots]
+            slots = [slot._replace(name=_name_average(slot.name)) for slot in slots]
             layout = replace(layout, prefix="model_ema.", ignored="decay|num_updates")
         load_tensors(component, slots, self.source, layout)
 
     def tokenizer(self):
-        """Returns the tokenizer in the metadata; CLIP's where there is none."""
+        """Returns the tokenizer in the metadata, or CLIP's if there is none."""
         return read_tokenizer(self.path, self.files, self.config.text)
 
-    def _layout(self, component):
-        """Returns the layout of a component, with the prefix that this file has."""
+    def _find_layout(self, component):
+        """Returns the layout of a component, with the prefix that it has in this file."""
         if component == "text_encoder":
             if self.roots["openclip"] is not None:
-                last = f"|transformer\\.resblocks\\.{self.config.text.depth}\\..*"  # is left out
+                last = f"|transformer\\.resblocks\\.{self.config.text.depth}\\..*"  # see UNUSED
                 layout = replace(OPENCLIP_LAYOUT, ignored=OPENCLIP_LAYOUT.ignored + last)
                 return replace(layout, prefix=self.roots["openclip"])
             root = self.roots["clip"]
@@ -246,29 +255,31 @@ class SingleFile(Reader):
             layout = LAYOUTS[component]
         if root is None:
             raise ValueError(
-                f"{self.path} has no {component.replace('_', ' ')}: there are no {layout.prefix}* of it."
-                f"{looks_like(self.source.shapes)}"
+                f"{self.path} has no {component}: none of its tensors is a {layout.prefix}*."
+                f"{guess_family(self.source.shapes)}"
             )
         return replace(layout, prefix=root)
 
-    def _detect(self):
-        """Returns the config that the tensors show, in the original dialect."""
+    def _detect_config(self):
+        """Returns the config that the shapes of the tensors show, in the original dialect."""
         shapes, roots = self.source.shapes, self.roots
         projections = [len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")]
         v2 = roots["openclip"] is not None or projections[:1] == [2]
         config = undo_departures(SD2 if v2 else SD1)
         try:
-            unet = _unet_config(shapes, roots["diffusion_model"], config.unet)
-            text = _text_config(shapes, roots, config.text)
-            vae = _vae_config(shapes, roots, config.vae)
+            unet = _detect_unet(shapes, roots["diffusion_model"], config.unet)
+            text = _detect_text(shapes, roots, config.text)
+            vae = _detect_vae(shapes, roots, config.vae)
         except KeyError as error:
             raise ValueError(
-                f"{self.path} is no Stable Diffusion 1 or 2: there is no {error}."
-                f"{looks_like(shapes)}"
+                f"{self.path} is no Stable Diffusion 1 or 2: it has no {error}."
+                f"{guess_family(shapes)}"
             ) from error
-        predicted = _predicted(self.source, self.path)
+        predicted = _find_prediction_type(self.source, self.path)
         schedule = replace(config.schedule, prediction_type=predicted)
-        size = 768 if v2 and predicted == "v_prediction" else 512  # as those two were published
+        size = (
+            768 if v2 and predicted == "v_prediction" else 512
+        )  # the sizes of the published models
         return Config(text, unet, vae, schedule, size)
 
 
@@ -279,26 +290,29 @@ def save_original(
     tokenizer: SimpleTokenizer | None = None,
     dtype: str | None = None,
 ):
-    """Writes one .safetensors file that `SingleFile` and tools for the original layout load.
+    """Writes one .safetensors file that `SingleFile` and programs for the original layout load.
 
     Args:
-        path: path of the file; one that exists is replaced at the very end.
-        config: the `Config` the models were built from.
+        path: path of the file. One that exists is replaced, as a whole or not at all.
+        config: the `Config` that the models were built from.
         models: dict from component (key of `COMPONENTS`) to model.
-        tokenizer: None for CLIP's.
-        dtype: "float16", "bfloat16" or "float32"; None is that of the parameters.
+        tokenizer: a `SimpleTokenizer`; None is CLIP's.
+        dtype: "float16", "bfloat16" or "float32"; None keeps the dtype of the parameters.
 
     Raises:
-        ValueError: an unknown component or dtype, another ending than .safetensors, or parameters that
-            `dtype` can't hold.
+        ValueError: a component or dtype is unknown, the path has another suffix than .safetensors,
+            diffusers' config files cannot express the config, or `dtype` cannot hold the
+            parameters.
     """
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(f"A single file is written as .safetensors, not as {str(path)!r}.")
-    if unknown := models.keys() - COMPONENTS.keys():
-        raise ValueError(f"Parts are {', '.join(COMPONENTS)}, not {', '.join(sorted(unknown))}.")
-    files = without_index(config_files(config, models, tokenizer or SimpleTokenizer()))
+    if Path(path).suffix != SAFETENSORS_SUFFIX:
+        raise ValueError(f"The path of a single file must end in .safetensors, not {str(path)!r}.")
+    check_components(models)
+    files = drop_index(make_config_files(config, models, tokenizer or SimpleTokenizer()))
     files = {name: data for name, data in files.items() if name not in UNNEEDED}
-    if tokenizer is None or files[MERGES] == config_files(config, {}, SimpleTokenizer())[MERGES]:
+    if (
+        tokenizer is None
+        or files[MERGES] == make_config_files(config, {}, SimpleTokenizer())[MERGES]
+    ):
         del files[MERGES]
     tensors = {}
     for component, model in models.items():
@@ -310,24 +324,24 @@ def save_original(
 
 
 def find_slots(component, model, config):
-    """Returns the slots of a component's variables in the original layout, see `layout.Layout.slots`."""
+    """Returns the slots of a component in the original layout, see `Layout.find_slots`."""
     if component == "text_encoder":
         layout = CLIP_LAYOUT if config.text.activation == "quick_gelu" else OPENCLIP_LAYOUT
     else:
         layout = LAYOUTS[component]
-    return layout.slots(model, **_counting(component, config))
+    return layout.find_slots(model, **_get_counts(component, config))
 
 
-def _counting(component, config):
-    """Returns what names of blocks are counted from."""
+def _get_counts(component, config):
+    """Returns those arguments of `Layout.find_slots` that the names of blocks depend on."""
     if component == "diffusion_model":
         return {"attention": config.unet.attention, "res_blocks": config.unet.res_blocks}
-    levels = (False,) * len(config.vae.widths)
-    return {} if component == "text_encoder" else {"attention": levels}
+    stages = (False,) * len(config.vae.widths)
+    return {} if component == "text_encoder" else {"attention": stages}
 
 
-def _metadata(source):
-    """Returns the files that `save_original` put into the metadata."""
+def _read_metadata(source):
+    """Returns the config files that `save_original` put into the metadata."""
     try:
         files = json.loads(source.metadata.get(CONFIG_KEY, "{}"))
         good = all(
@@ -336,36 +350,36 @@ def _metadata(source):
     except (ValueError, AttributeError, RecursionError):
         good = False
     if not good:
-        raise ValueError(f"{source.path}: {CONFIG_KEY} in its metadata is no JSON of configs.")
+        raise ValueError(f"{source.path}: {CONFIG_KEY} in its metadata is no JSON of config files.")
     return files
 
 
-def _predicted(source, path):
-    """Returns what a diffusion model predicts, from the metadata, a marker or a .yaml beside it."""
-    said = source.metadata.get("modelspec.predict_key", "")
-    said = source.metadata.get("modelspec.prediction_type", said)
+def _find_prediction_type(source, path):
+    """Returns what the diffusion model predicts: from the metadata, a marker or a .yaml file."""
+    found = source.metadata.get("modelspec.predict_key", "")
+    found = source.metadata.get("modelspec.prediction_type", found)
     if any(key in source.shapes for key in V_KEYS):
-        said = "v"
+        found = "v"
     beside = path.with_suffix(".yaml")
     if beside.is_file():
         text = beside.read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE):
-            said = match[1]
-    return "v_prediction" if said.startswith("v") else "epsilon"
+            found = match[1]
+    return "v_prediction" if found.startswith("v") else "epsilon"
 
 
-def _ema_name(name):
-    """Returns what the moving average of a parameter is called: without dots."""
+def _name_average(name):
+    """Returns the name of a parameter's moving average, which has no dots."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
-def _count(shapes, template):
-    """Returns how many of the names that a template gives for 0, 1, ... there are."""
+def _count_names(shapes, template):
+    """Returns for how many numbers from 0 on there is a name that the template makes of them."""
     return next(i for i in count() if template.format(i) not in shapes)
 
 
-def _text_config(shapes, roots, like):
-    """Returns the config of the text encoder; its heads are 64 wide, as in both versions."""
+def _detect_text(shapes, roots, like):
+    """Returns the config of the text encoder. Its heads are 64 wide, as in SD 1 and 2."""
     if (root := roots["openclip"]) is not None:
         embedding, hidden = "token_embedding.weight", "transformer.resblocks.{}.mlp.c_fc.weight"
     elif (root := roots["clip"]) is not None:
@@ -373,7 +387,7 @@ def _text_config(shapes, roots, like):
     else:
         return like
     vocab_size, width = shapes[root + embedding]
-    depth = _count(shapes, root + hidden)
+    depth = _count_names(shapes, root + hidden)
     return replace(
         like,
         width=width,
@@ -384,46 +398,46 @@ def _text_config(shapes, roots, like):
     )
 
 
-def _unet_config(shapes, root, like):
-    """Returns the config of the diffusion model: 8 heads in version 1, heads 64 wide in 2."""
+def _detect_unet(shapes, root, like):
+    """Returns the config of the UNet. SD 1 has 8 heads in each stage; heads of SD 2 are 64 wide."""
     if root is None:
         return like
-    levels = [[]]
+    stages = [[]]
     for n in range(1, len(shapes)):
         block = f"{root}input_blocks.{n}."
         if f"{block}0.op.weight" in shapes:
-            levels.append([])
+            stages.append([])
         elif f"{block}0.out_layers.3.weight" in shapes:
             width = shapes[f"{block}0.out_layers.3.weight"][0]
-            levels[-1].append((width, f"{block}1.proj_in.weight" in shapes))
+            stages[-1].append((width, f"{block}1.proj_in.weight" in shapes))
         else:
             break
-    if not all(level and set(level) == {level[0]} for level in levels):
-        raise KeyError("level of equal blocks")
-    widths = tuple(level[0][0] for level in levels)
+    if not all(stage and set(stage) == {stage[0]} for stage in stages):
+        raise KeyError("stage of equal blocks")
+    widths = tuple(stage[0][0] for stage in stages)
     return replace(
         like,
         widths=widths,
         heads=tuple(w // 64 for w in widths) if like.linear_projection else (8,) * len(widths),
-        attention=tuple(level[0][1] for level in levels),
+        attention=tuple(stage[0][1] for stage in stages),
         context_width=shapes[f"{root}middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
-        res_blocks=len(levels[0]),
+        res_blocks=len(stages[0]),
         in_channels=shapes[f"{root}input_blocks.0.0.weight"][1],
         out_channels=shapes[f"{root}out.2.weight"][0],
     )
 
 
-def _vae_config(shapes, roots, like):
-    """Returns the config of the VAE, from its encoder or, where there is none, its decoder."""
+def _detect_vae(shapes, roots, like):
+    """Returns the config of the VAE: from its encoder, or from its decoder if it has none."""
     if (root := roots["image_encoder"]) is not None:
-        levels, latents = root + "encoder.down.{}.block.0.conv2.weight", "encoder.conv_out.weight"
-        blocks = _count(shapes, root + "encoder.down.0.block.{}.conv2.weight")
+        stages, latents = root + "encoder.down.{}.block.0.conv2.weight", "encoder.conv_out.weight"
+        blocks = _count_names(shapes, root + "encoder.down.0.block.{}.conv2.weight")
         channels = shapes[root + latents][0] // 2  # means and variances
     elif (root := roots["decoder"]) is not None:
-        levels = root + "decoder.up.{}.block.0.conv2.weight"
-        blocks = _count(shapes, root + "decoder.up.0.block.{}.conv2.weight") - 1
+        stages = root + "decoder.up.{}.block.0.conv2.weight"
+        blocks = _count_names(shapes, root + "decoder.up.0.block.{}.conv2.weight") - 1
         channels = shapes[root + "decoder.conv_in.weight"][1]
     else:
         return like
-    widths = tuple(shapes[levels.format(i)][0] for i in range(_count(shapes, levels)))
+    widths = tuple(shapes[stages.format(i)][0] for i in range(_count_names(shapes, stages)))
     return replace(like, widths=widths, res_blocks=blocks, latent_channels=channels)

@@ -1,4 +1,4 @@
-"""The base of all readers of checkpoints; and freeing the memory of what can be read again."""
+"""The base class of all readers of checkpoints, and `release`, which frees memory."""
 
 import gc
 from weakref import WeakSet
@@ -9,14 +9,15 @@ from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.config import COMPONENTS, Config
 
-loaded = WeakSet()  # the models that hold a checkpoint's parameters, as far as is known
+loaded_models = WeakSet()  # models whose parameters came from a checkpoint
 
 
 class Reader:
-    """Builds the components of a pipeline with fresh random parameters; subclasses load them instead.
+    """Builds the components of a pipeline with random parameters. Subclasses load parameters.
 
     Attributes:
         config: the `Config` of the checkpoint.
+        loads: whether `load` loads parameters.
     """
 
     loads = False
@@ -29,56 +30,71 @@ class Reader:
 
         Args:
             component: a key of `COMPONENTS`.
-            make: function that builds the component from `config` and `download_weights`.
+            make: function that builds the component. Its arguments are `config` and
+                `download_weights`.
 
         Raises:
-            ValueError: Keras' dtype policy is bfloat16 and its backend OpenVINO.
+            ValueError: Keras' dtype policy is bfloat16 and its backend is OpenVINO; or, in
+                subclasses, the checkpoint does not have the component or does not fit it.
         """
-        if keras.backend.backend() == "openvino" and "bfloat16" in keras.config.dtype_policy().name:
+        policy = keras.config.dtype_policy().name
+        if keras.backend.backend() == "openvino" and "bfloat16" in policy:
             raise ValueError(
-                "The dtype policy on OpenVINO must be float32, with which it computes in bfloat16 "
-                f"where the processor can, not {keras.config.dtype_policy().name}: Keras misreads "
-                "its results."
+                f"The dtype policy on OpenVINO must be float32, not {policy}: Keras misreads "
+                "OpenVINO's results in bfloat16. With float32 OpenVINO computes in bfloat16 where "
+                "the processor can."
             )
         with uninitialized(self.loads):
             model = make(config=getattr(self.config, COMPONENTS[component]), download_weights=False)
         self.load(component, model)
         if self.loads:
-            loaded.add(model)
+            loaded_models.add(model)
         return model
 
     def load(self, component, model):
-        """Loads a component's parameters: all of them, or none and a ValueError."""
+        """Loads the parameters of a component: all of them, or none and a ValueError."""
 
     def tokenizer(self):
         """Returns the checkpoint's tokenizer."""
         return SimpleTokenizer()
 
 
-def release(pipeline, component: str):
-    """Frees the memory of a component, which is loaded again when it is next asked for.
+def check_components(models):
+    """Raises a ValueError unless the keys of a dict are keys of `COMPONENTS`."""
+    if unknown := models.keys() - COMPONENTS.keys():
+        raise ValueError(
+            f"The components are {', '.join(COMPONENTS)}, not {', '.join(sorted(unknown))}."
+        )
 
-    The text encoder, say, isn't needed any more once prompt and negative prompt are encoded:
+
+def release(pipeline, component: str):
+    """Frees the memory of a component. The pipeline loads it again when it needs it.
+
+    For example, the text encoder is not needed after the prompts are encoded:
 
         context, negative = model.encode_text("a cat"), model.encode_text("")
         release(model, "text_encoder")
         images = model.generate_image(context, negative)
 
     Args:
-        pipeline: a `StableDiffusion`. A component that it hasn't built yet is left alone.
+        pipeline: a `StableDiffusion`. If it has not built the component yet, nothing happens.
         component: a key of `COMPONENTS`.
 
     Raises:
-        ValueError: no such component, or one whose parameters no checkpoint has: random ones, a model
-            that was assigned, one with a LoRA or with an embedding. Nothing is changed then.
+        ValueError: there is no such component, or no checkpoint has its parameters: they are
+            random, the model was assigned by the user, or a LoRA or an embedding changed it.
+            Nothing is changed then.
     """
     if component not in COMPONENTS:
         raise ValueError(f"component must be one of {', '.join(COMPONENTS)}, not {component!r}.")
     model = getattr(pipeline, f"_{component}")
     if model is None:
         return
-    if model not in loaded or model in pipeline.changes:
-        raise ValueError(f"The {component} isn't its checkpoint's, and couldn't be loaded again.")
+    if model not in loaded_models or model in pipeline.changes:
+        raise ValueError(
+            f"The {component} can't be released: its parameters are not those of its checkpoint, "
+            f"and couldn't be loaded again."
+        )
     setattr(pipeline, f"_{component}", None)
     del model
     gc.collect()

@@ -17,8 +17,8 @@ SPACINGS = ("linspace", "leading", "trailing", "quadratic")
 DTYPES = ("float32", "float16", "bfloat16")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 FORMATS = {
-    "original": "one .safetensors file in the original layout",
     "diffusers": "a folder in diffusers' layout",
+    "original": "one .safetensors file in the original layout",
     "openvino": "a folder of models that OpenVINO runs, only for generating images",
     "keras": "a folder of Keras 3's .weights.h5",
     "kerascv": "a folder of .h5 files that KerasCV loads",

@@ -282,7 +282,7 @@ def compare_settings(args):
     Raises:
         ValueError: the run that goes on had other settings.
     """
-    from stable_diffusion.files import new_file
+    from stable_diffusion.files import replace_file
 
     path = args.work / "settings.json"
     settings = {
@@ -300,7 +300,7 @@ def compare_settings(args):
                 f"{settings[key]}; --restart begins anew, and another --work keeps both"
             )
     args.work.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as written:
+    with replace_file(path) as written:
         written.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
@@ -350,7 +350,7 @@ def generate_class_images(args):
     import keras
     from PIL import Image
 
-    from stable_diffusion.files import new_file
+    from stable_diffusion.files import replace_file
 
     if args.class_folder:
         return args.class_folder
@@ -359,7 +359,7 @@ def generate_class_images(args):
     folder.mkdir(parents=True, exist_ok=True)
     prompts = [args.class_prompt[n % len(args.class_prompt)] for n in range(args.class_images)]
     files = [f"{seed:05}.png" for seed in range(len(prompts))]
-    with new_file(folder / "metadata.jsonl") as written:
+    with replace_file(folder / "metadata.jsonl") as written:
         rows = [{"file_name": f, "text": t} for f, t in zip(files, prompts, strict=True)]
         written.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     missing = [seed for seed, file in enumerate(files) if not (folder / file).is_file()]
@@ -371,7 +371,7 @@ def generate_class_images(args):
             [prompts[seed] for seed in seeds], num_steps=CLASS_STEPS, seed=seeds, verbose=0
         )
         for seed, image in zip(seeds, images, strict=True):
-            with new_file(folder / files[seed]) as written:
+            with replace_file(folder / files[seed]) as written:
                 Image.fromarray(image).save(written, "png")
         bar.update(len(files) - len(missing) + start + len(seeds))
     for extra in set(folder.glob("*.png")) - {folder / file for file in files}:
@@ -437,13 +437,13 @@ def prepare_data(args, process, say):
     with_texts = args.method != "textual-inversion"
     examples = read_folder(args.images, args.prompt)
     bar = keras.utils.Progbar(len(examples), unit_name="image", verbose=int(process == 0))
-    examples, broken = cache.encode(examples, with_texts, lambda done, _: bar.update(done))
+    examples, broken = cache.encode_examples(examples, with_texts, lambda done, _: bar.update(done))
     for reason in broken:
         say(f"skipped: {reason}")
     say(f"{len(examples)} images, {len(broken)} skipped")
     streams = [Stream(examples)]
     if args.method == "dreambooth" and args.prior_weight:
-        known, _ = cache.encode(read_folder(generate_class_images(args)))
+        known, _ = cache.encode_examples(read_folder(generate_class_images(args)))
         streams.append(Stream(known, args.prior_weight))
     if with_texts:
         cache.encode_texts([""])
@@ -460,7 +460,7 @@ def build_method(args):
     keras.config.set_dtype_policy(args.dtype)
     keras.utils.set_random_seed(args.seed)
     if args.distribute:
-        distribution.distribute(args.distribute, args.model_devices)
+        distribution.distribute_models(args.distribute, args.model_devices)
     pipeline = open_pipeline(args)
     if args.remat:
         with remat_scope(pipeline.config.unet):
@@ -493,7 +493,7 @@ def make_callbacks(args, method, images, first, say, alone):
     if importlib.util.find_spec("tensorboard"):
         summaries = callbacks.Summaries(args.work / "tensorboard", first)
         others.append(summaries)
-        show = summaries.image
+        show = summaries.write_image
     else:
         say("no TensorBoard: it is not installed (pip install tensorboard)")
     if args.preview and not alone:
@@ -576,7 +576,7 @@ def run_training(args, process, processes):
     if saver.stop and saver.step < args.steps:
         say(f"stopped after step {saver.step} of {args.steps}: the same command goes on from there")
         return INTERRUPTED
-    method.show()
+    method.update_pipeline()
     save_result(args, method)
     say(f"wrote {args.out}")
     return 0
@@ -590,7 +590,7 @@ def finetune(args):
 
         from stable_diffusion.training import distribution, read_folder
 
-    process, processes = distribution.initialize()
+    process, processes = distribution.join_processes()
     if processes > 1 and args.distribute != "data":
         raise ValueError("several processes need --distribute data")
     args.jit = args.jit or keras.backend.backend() == "jax"

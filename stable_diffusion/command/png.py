@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stable_diffusion.files import new_file
+from stable_diffusion.files import replace_file
 
 
 def write_png(path, pixels, text):
@@ -18,7 +18,7 @@ def write_png(path, pixels, text):
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
-    with new_file(path) as written:
+    with replace_file(path) as written:
         Image.fromarray(pixels).save(written, "png", pnginfo=info)
 
 

@@ -1,6 +1,6 @@
-"""Keras callbacks of a run: its state, the log of its losses, previews and a progress bar.
+"""Keras callbacks of a run: they save its state, log losses, and generate previews.
 
-They count steps (batches) from the beginning of the run, also where it was stopped in between.
+They count steps (batches) from the beginning of the run, even if it was stopped in between.
 """
 
 import csv
@@ -15,22 +15,22 @@ import numpy as np
 from keras import ops
 from PIL import Image, ImageDraw
 
-from stable_diffusion.files import new_file
+from stable_diffusion.files import replace_file
 from stable_diffusion.training.methods import Method
 from stable_diffusion.training.state import save_state
 
 COLUMNS = ("step", "loss", "learning_rate", "images_per_second")
-CURVE = 640, 360  # pixels
+CURVE = 640, 360  # pixels: width and height of the image
 MARGIN = 50  # pixels around the curve, for numbers
-TICKS = 5  # numbers on each axis
+TICKS = 5  # numbers beside each axis
 SMOOTHING = 20  # the curve shows means of 1/20 of the run
 
 
 class Steps(keras.callbacks.Callback):
-    """What the callbacks have in common: `at_step` is called after each step with its number.
+    """The base class of the callbacks here: it calls `at_step` after each step.
 
     Args:
-        first_step: steps that were taken before this run of `fit`.
+        first_step: number of steps before this call of `fit`.
     """
 
     def __init__(self, first_step=0):
@@ -42,20 +42,25 @@ class Steps(keras.callbacks.Callback):
         self.at_step(self.step, logs or {})
 
     def at_step(self, step, logs):
-        """Does what is to be done after a step."""
+        """Runs after each step.
+
+        Args:
+            step: number of the step, from 1.
+            logs: dict of Keras' metrics.
+        """
 
 
 class SaveState(Steps):
-    """Saves the state every so many steps, after the last one, and when it is asked to stop.
+    """Saves the state of a run: every `every` steps, after the last step, and before it stops.
 
     Args:
         path: path of the file, see `save_state`.
-        every: steps in between.
+        every: number of steps between two states.
         last_step: number of the last step.
         first_step: see `Steps`.
 
     Attributes:
-        stop: whether to end after this step; `stop_on_signals` sets it.
+        stop: whether the run stops after the present step. `stop_on_signals` sets it.
     """
 
     def __init__(self, path: Path, every: int, last_step: int, first_step: int = 0):
@@ -71,9 +76,9 @@ class SaveState(Steps):
 
 @contextmanager
 def stop_on_signals(saver: SaveState):
-    """Lets Ctrl-C, or SIGTERM, end the run after its step, with its state saved.
+    """Lets Ctrl-C or SIGTERM stop the run after the present step, so that its state is saved.
 
-    A second one ends it at once. Elsewhere than in the main thread signals are left as they are.
+    A second signal stops it at once. In other threads than the main thread this does nothing.
     """
 
     def stop(number, frame):
@@ -94,13 +99,14 @@ def stop_on_signals(saver: SaveState):
 
 
 class Log(Steps):
-    """Writes a line of CSV for each step, see `COLUMNS`, and shows a progress bar.
+    """Writes a line of CSV with the `COLUMNS` for each step, and shows a progress bar.
 
-    What a run that was killed had written after its last state is dropped.
+    Lines of later steps than `first_step` are removed: a run that was killed may have written them
+    after its last state.
 
     Args:
         path: path of the file.
-        images: pictures in a batch.
+        images: number of images in a batch.
         last_step: number of the last step.
         first_step: see `Steps`.
         verbose: whether to show the bar.
@@ -113,7 +119,7 @@ class Log(Steps):
             last_step, verbose=int(verbose), stateful_metrics=["loss", "images/s"], unit_name="step"
         )
         rows = [row for row in read_log(path) if row["step"] <= first_step]
-        with new_file(path) as written, open(written, "w", newline="") as file:
+        with replace_file(path) as written, open(written, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -133,9 +139,9 @@ class Log(Steps):
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """Returns the rows that `Log` wrote, dicts of numbers; none if there is no such file.
+    """Returns the rows that `Log` wrote, as dicts of numbers; none if the file is missing.
 
-    A line that a killed run left unfinished is passed over.
+    Unfinished lines, which a killed run may have left, are skipped.
     """
     rows = []
     if Path(path).is_file():
@@ -150,11 +156,11 @@ def read_log(path: str | Path) -> list[dict]:
 
 
 def draw_curve(path: str | Path, rows: list[dict]):
-    """Draws the loss over the steps as a PNG: of each step in grey, means in black.
+    """Draws a PNG of the loss over the steps: each step in grey, moving means in black.
 
     Args:
         path: path of the file.
-        rows: as of `read_log`, at least one.
+        rows: the result of `read_log`, at least one row.
     """
     steps, losses = (np.array([row[key] for row in rows], float) for key in ("step", "loss"))
     window = max(1, len(losses) // SMOOTHING)
@@ -168,8 +174,8 @@ def draw_curve(path: str | Path, rows: list[dict]):
         x = MARGIN + (step - first) / (last - first) * (width - 2 * MARGIN)
         return x, height - MARGIN - min(loss / top, 1) * (height - 2 * MARGIN)
 
-    for part in np.linspace(0, 1, TICKS):
-        step, loss = first + part * (last - first), part * top
+    for share in np.linspace(0, 1, TICKS):
+        step, loss = first + share * (last - first), share * top
         draw.line([place(first, loss), place(last, loss)], fill="lightgrey")
         draw.text((4, place(first, loss)[1] - 6), f"{loss:.3g}", fill="black")
         draw.text((place(step, 0)[0] - 8, height - MARGIN + 8), f"{step:.0f}", fill="black")
@@ -178,29 +184,39 @@ def draw_curve(path: str | Path, rows: list[dict]):
     draw.line([place(*point) for point in zip(steps, losses, strict=True)], fill="darkgrey")
     points = zip(steps[window - 1 :], means, strict=True)
     draw.line([place(*point) for point in points], fill="black", width=2)
-    with new_file(path) as written:
+    with replace_file(path) as written:
         image.save(written, "png")
 
 
 class Preview(Steps):
-    """Draws prompts every so many steps, with the averages of parameters where there are any.
+    """Generates images of some prompts before the first step, every `every` steps, and at the end.
+
+    If the optimizer keeps averages of the parameters, the images are made with these.
 
     Args:
-        method: what is trained.
+        method: the `Method` that is trained.
         prompts: list of str.
-        folder: gets a PNG each time, with a picture of each prompt beside each other.
-        every: steps in between; 0 draws after the last step alone.
+        folder: path of a folder. It gets a PNG each time, with the images side by side.
+        every: number of steps between two previews; 0 leaves out those between first and last.
         last_step: number of the last step.
         first_step: see `Steps`.
-        seed: of the first picture; each next one has 1 more.
-        options: of `text_to_image`, such as `num_steps`.
-        show: called with the number of the step and the grid, uint8 `(H, n W, 3)`.
+        seed: seed of the first image. Each next image has the next seed.
+        options: dict of arguments for `text_to_image`, such as `num_steps`.
+        show: function of the number of the step and of the images, uint8 `(H, n W, 3)`.
     """
 
     def __init__(
-        self, method: Method, prompts, folder, every, last_step, first_step=0, seed=0,
-        options=None, show=None,
-    ):  # fmt: skip
+        self,
+        method: Method,
+        prompts,
+        folder,
+        every,
+        last_step,
+        first_step=0,
+        seed=0,
+        options=None,
+        show=None,
+    ):
         super().__init__(first_step)
         self.method, self.prompts, self.folder = method, prompts, Path(folder)
         self.every, self.last_step, self.seed = every, last_step, seed
@@ -208,23 +224,23 @@ class Preview(Steps):
 
     def on_train_begin(self, logs=None):
         if self.step == 0:
-            self.draw(0)
+            self.generate_images(0)
 
     def at_step(self, step, logs):
         if step == self.last_step or (self.every and step % self.every == 0):
-            self.draw(step)
+            self.generate_images(step)
 
-    def draw(self, step):
-        """Draws the pictures of a step."""
+    def generate_images(self, step):
+        """Generates the images for a step, and writes them."""
         variables = self.model.trainable_variables
         trained = [ops.convert_to_numpy(variable.value) for variable in variables]
         if step:
-            self.model.optimizer.finalize_variable_values(variables)  # the averages, with use_ema
-        self.method.show()
+            self.model.optimizer.finalize_variable_values(variables)  # assigns averages
+        self.method.update_pipeline()
         distribution = keras.distribution.distribution()
-        keras.distribution.set_distribution(None)  # so few pictures can't be divided
+        keras.distribution.set_distribution(None)  # so few images can't be divided
         try:
-            pictures = self.method.pipeline.text_to_image(
+            images = self.method.pipeline.text_to_image(
                 self.prompts,
                 seed=[self.seed + n for n in range(len(self.prompts))],
                 verbose=0,
@@ -234,16 +250,18 @@ class Preview(Steps):
             keras.distribution.set_distribution(distribution)
             for variable, value in zip(variables, trained, strict=True):
                 variable.assign(value)
-        grid = np.hstack(pictures)
+        grid = np.hstack(images)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with new_file(self.folder / f"step_{step:06}.png") as written:
+        with replace_file(self.folder / f"step_{step:06}.png") as written:
             Image.fromarray(grid).save(written, "png")
         if self.show:
             self.show(step, grid)
 
 
 class Summaries(Steps):
-    """Writes losses, rates and previews for TensorBoard; Keras' own callback has no pictures.
+    """Writes losses, learning rates and previews for TensorBoard.
+
+    Keras' own callback for TensorBoard writes no images.
 
     Args:
         folder: TensorBoard's folder.
@@ -262,8 +280,8 @@ class Summaries(Steps):
             self.summary.scalar("loss", float(logs["step_loss"]), step=step)
             self.summary.scalar("learning_rate", rate, step=step)
 
-    def image(self, step, grid):
-        """Writes a preview, see `Preview`."""
+    def write_image(self, step, grid):
+        """Writes a preview; an argument `show` for `Preview`."""
         with self.writer.as_default():
             self.summary.image("preview", grid[None], step=step)
         self.writer.flush()

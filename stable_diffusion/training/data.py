@@ -1,10 +1,8 @@
-"""Noisy latents and what the diffusion model is to predict of them, batch by batch.
+"""Batches for training: noisy latents, and the targets that the diffusion model should predict.
 
-Each item of a batch has its own random numbers, which follow from the run's seed and from the
-item's place in the run alone. So a batch is the same wherever and whenever it is drawn: after a
-run was stopped, and in whichever process.
-
-In comments on shapes, B is the number of items, h w are latent cells, C its channels.
+Each item of a batch has its own random numbers. They depend only on the seed of the run and on the
+item's place in the run. So a batch is the same in a run that was stopped and goes on, and in any
+number of processes.
 """
 
 from dataclasses import dataclass
@@ -22,16 +20,16 @@ from stable_diffusion.noise_scheduler import (
 from stable_diffusion.training.cache import Cache
 from stable_diffusion.training.folder import Example
 
-LOG_VARIANCE = -30.0, 20.0  # where CompVis' DiagonalGaussianDistribution clips it
+LOG_VARIANCE = -30.0, 20.0  # limits, those of CompVis' DiagonalGaussianDistribution
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One of the sources that a batch is made of.
+    """A source of items. A batch has items of each stream.
 
     Attributes:
-        examples: as `Cache.encode` returns them.
-        weight: of these items in the loss: that of prior preservation for pictures of the class.
+        examples: list of `Example`, see `Cache.encode_examples`.
+        weight: weight of these items in the loss. DreamBooth weighs images of the class so.
     """
 
     examples: list[Example]
@@ -39,30 +37,31 @@ class Stream:
 
 
 class NoisyLatents(keras.utils.PyDataset):
-    """Batches `(inputs, targets, weights)` for a model of `methods`.
+    """Makes batches `(inputs, targets, weights)` for the model of a `Method`.
 
-    The inputs are `latent` `(B, h, w, C)`, `timestep_embedding` `(B, E)` and `context` `(B, 77, D)`
-    or, with `tokenize`, `tokens` and `positions` `(B, 77)`. Every picture comes equally often.
+    The inputs are a dict: `latent` `(B, h, w, C)`, `timestep_embedding` `(B, E)` and `context`
+    `(B, 77, D)`; with `tokenize`, `tokens` and `positions` `(B, 77)` instead of `context`. The
+    targets are `(B, h, w, C)`, the weights in the loss `(B,)`. All images occur equally often.
 
     Args:
         cache: the `Cache` with latents and contexts.
         streams: list of `Stream`. A batch has `batch_size` items of each.
-        schedule: the `NoiseScheduler` that the model was trained with.
-        batch_size: items of each stream, over all processes.
-        steps: batches an epoch; None is once through the first stream.
+        schedule: the `NoiseScheduler` of the checkpoint.
+        batch_size: number of items of each stream, over all processes.
+        steps: number of batches in an epoch. None is as many as the first stream needs.
         first_step: number of the first batch of epoch 0, for a run that goes on.
-        seed: of everything random.
-        dropout: share of captions that are replaced by the empty one, for guidance.
-        offset: strength of the noise that is the same in all cells of a channel
-            (https://www.crosslabs.org/blog/diffusion-with-offset-noise); 0 is without.
-        snr_gamma: see `min_snr_weight`; None weighs all timesteps alike.
-        tokenize: function from a caption to its token ids `(77,)`, where the text encoder is a part
-            of the model that is trained; None takes contexts from the cache.
-        process: index of this process, and number of processes. Each gets its equal part of a
+        seed: seed of all random numbers.
+        dropout: share of captions that are replaced by the empty one, which guidance needs.
+        offset: strength of additional noise that is the same in all cells of a channel
+            (https://www.crosslabs.org/blog/diffusion-with-offset-noise). 0 is none.
+        snr_gamma: see `compute_snr_weights`. None gives all timesteps the same weight.
+        tokenize: function from a caption to its token ids `(77,)`, if the model that is trained
+            contains the text encoder. None reads contexts from the cache.
+        process: index of this process, and number of processes. Each gets an equal part of a
             batch.
 
     Raises:
-        ValueError: numbers that can't be, or a batch that can't be divided among the processes.
+        ValueError: a number is out of range, or a batch cannot be divided among the processes.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class NoisyLatents(keras.utils.PyDataset):
         super().__init__()
         if batch_size < 1 or not 0 <= dropout <= 1 or offset < 0:
             raise ValueError(
-                f"batch_size must be from 1, dropout from 0 to 1 and offset from 0, not "
+                f"batch_size must be 1 or more, dropout from 0 to 1 and offset 0 or more, not "
                 f"{batch_size}, {dropout} and {offset}."
             )
         if snr_gamma is not None and not snr_gamma > 0:
@@ -103,7 +102,7 @@ class NoisyLatents(keras.utils.PyDataset):
         return self.steps
 
     def set_epoch(self, epoch):
-        """Sets the number of the epoch, from 0, of the batches that are drawn next."""
+        """Sets the number of the epoch, from 0, to which the next batches belong."""
         self.epoch = epoch
 
     def __getitem__(self, index):
@@ -115,11 +114,11 @@ class NoisyLatents(keras.utils.PyDataset):
             for n in range(self.batch_size)
         ]
         share = len(places) // count
-        return self.draw(places[process * share : (process + 1) * share])
+        return self.make_batch(places[process * share : (process + 1) * share])
 
-    def draw(self, places):
-        """Draws the items at places in the run: tuples of a stream's number and a place in it."""
-        chosen = [self._choose(number, place) for number, place in places]
+    def make_batch(self, places):
+        """Returns the batch of some places in the run: pairs of a stream's number and a place."""
+        chosen = [self._make_item(number, place) for number, place in places]
         x0, noise = np.stack([c[0] for c in chosen]), np.stack([c[1] for c in chosen])
         timesteps, texts = np.array([c[2] for c in chosen]), [c[3] for c in chosen]
         latent, target = make_targets(self.schedule, x0, noise, timesteps)
@@ -130,22 +129,22 @@ class NoisyLatents(keras.utils.PyDataset):
             length = inputs["tokens"].shape[1]
             inputs["positions"] = np.tile(np.arange(length, dtype="int32"), (len(places), 1))
         else:
-            inputs["context"] = np.stack([self.cache.context(text) for text in texts])
-        # The mean over a batch of several streams is to be the sum of the streams' means.
+            inputs["context"] = np.stack([self.cache.read_context(text) for text in texts])
+        # Keras computes the mean over the batch. We want the sum of the means of all streams.
         weights = np.array([self.streams[n].weight for n, _ in places]) * len(self.streams)
         if self.snr_gamma is not None:
-            weights = weights * min_snr_weight(self.schedule, timesteps, self.snr_gamma)
+            weights = weights * compute_snr_weights(self.schedule, timesteps, self.snr_gamma)
         return inputs, target, weights.astype("float32")
 
-    def _choose(self, number, place):
-        """Returns x0, noise, timestep and caption of an item."""
+    def _make_item(self, number, place):
+        """Returns clean latent, noise, timestep and caption for a place in a stream."""
         examples = self.streams[number].examples
         turn, place_in_turn = divmod(place, len(examples))
         order = np.random.default_rng((self.seed, number, turn, 0)).permutation(len(examples))
         example = examples[order[place_in_turn]]
         rng = np.random.default_rng((self.seed, number, place, 1))
-        views = self.cache.views(example)
-        moments = self.cache.moments(example, views[rng.integers(len(views))])
+        views = self.cache.list_views(example)
+        moments = self.cache.read_moments(example, views[rng.integers(len(views))])
         x0 = sample_posterior(moments, rng) * np.float32(
             self.cache.pipeline.config.vae.scaling_factor
         )
@@ -158,14 +157,14 @@ class NoisyLatents(keras.utils.PyDataset):
 
 
 def sample_posterior(moments, rng):
-    """Draws a latent from the VAE's posterior.
+    """Samples a latent from the VAE's posterior.
 
     Args:
-        moments: `(h, w, 2 C)`, mean and log variance.
-        rng: numpy Generator.
+        moments: float32 `(h, w, 2 C)`, mean and log variance.
+        rng: a numpy Generator.
 
     Returns:
-        float32 `(h, w, C)`, not scaled to unit variance yet.
+        float32 `(h, w, C)`, not scaled to unit variance.
 
     Reference: Kingma and Welling 2014, https://arxiv.org/abs/1312.6114, section 2.4.
     """
@@ -175,15 +174,15 @@ def sample_posterior(moments, rng):
 
 
 def make_targets(schedule: NoiseScheduler, x0, noise, timesteps):
-    """Adds noise, and computes what the model should predict.
+    """Adds noise to clean latents, and computes the targets that the model should predict.
 
     Args:
-        schedule: with the `prediction_type`.
+        schedule: a `NoiseScheduler`; its `prediction_type` says what the targets are.
         x0, noise: float32 `(B, h, w, C)`.
         timesteps: ints `(B,)`.
 
     Returns:
-        The noisy latents and the targets, float32 `(B, h, w, C)` both; see
+        The noisy latents and the targets, both float32 `(B, h, w, C)`. See
         `noise_scheduler.diffuse` and `noise_scheduler.join_prediction`.
     """
     alpha = schedule.alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1), float64
@@ -192,14 +191,17 @@ def make_targets(schedule: NoiseScheduler, x0, noise, timesteps):
     return noisy.astype("float32"), target.astype("float32")
 
 
-def min_snr_weight(schedule: NoiseScheduler, timesteps, gamma=5.0):
-    """Weighs timesteps so that nearly clean ones don't dominate: min(SNR, gamma), for x0.
+def compute_snr_weights(schedule: NoiseScheduler, timesteps, gamma=5.0):
+    """Computes weights of timesteps that keep those with little noise from dominating the loss.
+
+    In terms of the error of x0, a timestep gets the weight min(SNR, gamma). The loss without
+    weights already weighs the error of x0: by SNR for "epsilon", by SNR + 1 for "v_prediction".
+    So the result is min(SNR, gamma) divided by that.
 
     Args:
-        schedule: with the `prediction_type`, by which the loss already has a weight in terms of x0:
-            SNR for "epsilon", SNR + 1 for "v_prediction". It is divided out.
+        schedule: a `NoiseScheduler`, with the `prediction_type`.
         timesteps: ints `(B,)`.
-        gamma: the most that a timestep weighs.
+        gamma: the largest weight of a timestep.
 
     Returns:
         float64 `(B,)`.
@@ -213,13 +215,13 @@ def min_snr_weight(schedule: NoiseScheduler, timesteps, gamma=5.0):
 
 
 def denoising_loss(y_true, y_pred):
-    """Mean squared error of each item: `(B, h, w, C)` twice to `(B,)`, in float32."""
+    """Computes the mean squared error of each item in float32: `(B, h, w, C)` to `(B,)`."""
     error = ops.cast(y_true, "float32") - ops.cast(y_pred, "float32")
     return ops.mean(ops.square(error), axis=(1, 2, 3))
 
 
 class StepLoss(keras.metrics.Metric):
-    """The loss of the last batch, where Keras' own is the mean of the epoch so far."""
+    """The loss of the last batch. Keras' own metric is the mean of the epoch so far."""
 
     def __init__(self, name="step_loss"):
         super().__init__(name=name)

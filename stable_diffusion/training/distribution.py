@@ -1,11 +1,12 @@
-"""Training on several devices and in several processes, by `keras.distribution` on JAX.
+"""Training on several devices and in several processes, with `keras.distribution` on JAX.
 
-Call `distribute` before a model is built: from then on Keras gives variables their layout, and
-divides batches among the devices. Several processes, on one machine or many, are started each with
+Call `distribute_models` before a model is built. From then on Keras divides batches, and possibly
+variables, among the devices. Several processes can run on one machine or on several. Start each of
+them with these environment variables:
 
-    KERAS_DISTRIBUTION_JOB_ADDRESSES="host:port"    of the first process
+    KERAS_DISTRIBUTION_JOB_ADDRESSES="host:port"    address of the first process
     KERAS_DISTRIBUTION_NUM_PROCESSES="2"
-    KERAS_DISTRIBUTION_PROCESS_ID="0"               or "1"
+    KERAS_DISTRIBUTION_PROCESS_ID="0"               "1" in the second process
 """
 
 import os
@@ -14,10 +15,11 @@ import keras
 
 PROCESSES = "KERAS_DISTRIBUTION_NUM_PROCESSES"
 KINDS = ("data", "model")
-# How the UNet's variables are divided among the devices of the mesh's axis "model": pattern of
-# paths, and the axis that each dimension is divided among. It is Megatron's way (Shoeybi et al.
-# 2019, https://arxiv.org/abs/1909.08053, section 3): the first matrix of a pair by its output, the
-# second by its input, so that devices exchange data once a pair. What isn't here is on each device.
+# How the UNet's variables are divided among the devices on the axis "model" of the mesh: a pattern
+# of paths, and for each dimension of the variable the axis that divides it. Variables that match no
+# pattern are on every device. The method is Megatron's (Shoeybi et al. 2019,
+# https://arxiv.org/abs/1909.08053, section 3): of two matrices in a row, the first is divided by
+# its outputs and the second by its inputs, so that devices exchange data only once for both.
 UNET_LAYOUT = {
     r".*/(attn1|attn2)/to_(q|k|v)/kernel": (None, "model"),
     r".*/(attn1|attn2)/to_out/kernel": ("model", None),
@@ -36,16 +38,16 @@ UNET_LAYOUT = {
 }
 
 
-def initialize() -> tuple[int, int]:
-    """Joins the other processes, if the environment says that there are any.
+def join_processes() -> tuple[int, int]:
+    """Connects this process with the others, if the environment variables name any.
 
-    It has to be called before anything is computed.
+    Call it before anything is computed.
 
     Returns:
-        Index of this process, and number of processes.
+        The index of this process, and the number of processes.
 
     Raises:
-        ValueError: several processes, and another backend than JAX.
+        ValueError: there are several processes, and the backend is not JAX.
     """
     if int(os.environ.get(PROCESSES, 1)) == 1:
         return 0, 1
@@ -56,21 +58,22 @@ def initialize() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def distribute(kind: str, model_devices: int | None = None):
-    """Lets models that are built from now on be trained on all devices.
+def distribute_models(kind: str, model_devices: int | None = None):
+    """Distributes models that are built from now on, and their batches, among all devices.
 
     Args:
-        kind: "data": each device has all parameters, and a part of each batch. "model": the UNet's
-            parameters are divided as `UNET_LAYOUT` says, for models too large for one device.
-        model_devices: for "model", how many devices share the parameters; batches are divided among
-            the groups of so many. None is all devices.
+        kind: "data": each device has all parameters, and gets a part of each batch. "model":
+            `UNET_LAYOUT` divides the parameters of the UNet, for models that are too large for one
+            device.
+        model_devices: for "model", the number of devices in a group that shares the parameters.
+            Batches are divided among the groups. None is one group of all devices.
 
     Returns:
-        The `keras.distribution.Distribution`, which is in effect.
+        The `keras.distribution.Distribution`. Keras uses it from now on.
 
     Raises:
-        ValueError: an unknown kind, another backend than JAX, devices that can't be divided so, or
-            "model" in several processes.
+        ValueError: the kind is unknown, the backend is not JAX, the devices cannot be divided into
+            such groups, or the kind is "model" and there are several processes.
     """
     _need_jax()
     import jax
@@ -85,7 +88,10 @@ def distribute(kind: str, model_devices: int | None = None):
         if len(devices) % count:
             raise ValueError(f"{len(devices)} devices can't be divided into groups of {count}.")
         if jax.process_count() > 1:
-            raise ValueError("Parameters can be divided among the devices of one process only.")
+            raise ValueError(
+                f"distribute='model' needs one process, not {jax.process_count()}: parameters can "
+                f"only be divided among the devices of one process."
+            )
         mesh = keras.distribution.DeviceMesh(
             (len(devices) // count, count), ["batch", "model"], devices
         )

@@ -1,13 +1,13 @@
-"""A folder of pictures and their captions, and how a picture becomes what the VAE encodes.
+"""Lists the images of a folder with their captions, and the views of an image.
 
-Captions are where other tools put them:
+Captions are in one of these places:
 
-    metadata.jsonl    {"file_name": "cat.png", "text": "a cat on a mat"}, one object a line
-    metadata.csv      with the columns file_name and text
-    cat.txt           beside cat.png, where there is no metadata file
+    metadata.jsonl    one object in each line: {"file_name": "cat.png", "text": "a cat on a mat"}
+    metadata.csv      a table with the columns file_name and text
+    cat.txt           beside cat.png, if there is no metadata file
 
-The first two are the convention of Hugging Face's image folders, the third is kohya's. Names may
-lead into subfolders, but not out of the folder.
+Hugging Face's image folders have the first two, kohya's programs the third. A file_name may lead
+into subfolders, but not out of the folder.
 """
 
 import csv
@@ -22,18 +22,18 @@ import numpy as np
 from stable_diffusion.files import find_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-METADATA = ("metadata.jsonl", "metadata.csv")
-MAX_NAMES = 5  # in an error
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+MAX_NAMES = 5  # of images without a caption, in an error
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and its captions, of which one is chosen each time.
+    """An image and its captions. Whenever the image is used, one of them is chosen.
 
     Attributes:
-        path: path of the picture.
+        path: path of the image.
         captions: tuple of str.
-        digest: sha256 of the file, empty as long as it hasn't been read.
+        digest: sha256 of the file; empty before the file is read.
     """
 
     path: Path
@@ -41,12 +41,17 @@ class Example:
     digest: str = ""
 
     def with_digest(self):
-        """Returns the example with its file's digest."""
+        """Returns the example with the digest of its file."""
         return replace(self, digest=hashlib.sha256(self.path.read_bytes()).hexdigest())
 
 
 class View(NamedTuple):
-    """What of a picture is seen: the place of the crop, 0 to 1 each, and whether it is mirrored."""
+    """A view of an image.
+
+    Attributes:
+        x, y: place of the crop from 0 to 1, see `images.crop_image`.
+        flip: whether it is mirrored.
+    """
 
     x: float
     y: float
@@ -54,28 +59,28 @@ class View(NamedTuple):
 
 
 def read_folder(folder: str | Path, captions: list[str] | None = None) -> list[Example]:
-    """Lists the pictures of a folder with their captions; the pictures aren't opened yet.
+    """Lists the images of a folder with their captions. Does not open the images.
 
     Args:
-        folder: path.
-        captions: of every picture, in place of those in the folder; None reads them from there.
+        folder: path of the folder. Images in subfolders count, too.
+        captions: captions of every image. None reads each image's caption from the folder.
 
     Returns:
         List of `Example`, sorted by path.
 
     Raises:
-        ValueError: no such folder, no picture in it, a picture without a caption, or a metadata
-            file that can't be read or names a file that isn't there.
+        ValueError: there is no such folder, it has no image, an image has no caption, or the
+            metadata file cannot be read or names a missing file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    metadata = [path for path in (folder / name for name in METADATA) if path.is_file()]
+    metadata = [path for path in (folder / name for name in METADATA_FILES) if path.is_file()]
     if len(metadata) > 1:
-        raise ValueError(f"{folder} has both {' and '.join(METADATA)}; one must go.")
+        raise ValueError(f"{folder} has both {' and '.join(METADATA_FILES)}; remove one.")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
     if captions:
         return [Example(path, tuple(captions)) for path in paths]
     if metadata:
@@ -85,9 +90,9 @@ def read_folder(folder: str | Path, captions: list[str] | None = None) -> list[E
         known = {path: _read_text(text) for path, text in texts.items() if text.is_file()}
     if missing := [str(path.relative_to(folder)) for path in paths if not known.get(path)]:
         more = ", ..." if len(missing) > MAX_NAMES else ""
-        where = metadata[0].name if metadata else "a .txt beside it"
+        where = metadata[0].name if metadata else "a .txt file beside them"
         raise ValueError(
-            f"{folder}: {len(missing)} of {len(paths)} pictures have no caption in {where}: "
+            f"{folder}: {len(missing)} of {len(paths)} images have no caption in {where}: "
             f"{', '.join(missing[:MAX_NAMES])}{more}."
         )
     return [Example(path, (known[path],)) for path in paths]
@@ -101,7 +106,7 @@ def _read_text(path):
 
 
 def _read_metadata(folder, path):
-    """Returns a dict from a picture's path to its caption."""
+    """Returns a dict from the path of an image to its caption."""
     lines = _read_text(path).splitlines()
     try:
         if path.suffix == ".csv":
@@ -116,20 +121,20 @@ def _read_metadata(folder, path):
         name, text = row.get("file_name"), row.get("text")
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(f"{path}: entry {number} needs file_name and text, both strings.")
-        picture = find_file(folder, name)
-        if picture is None:
-            raise ValueError(f"{path}: entry {number} names {name!r}, which isn't there.")
-        captions[picture] = text.strip()
+        image = find_file(folder, name)
+        if image is None:
+            raise ValueError(f"{path}: entry {number} names {name!r}, which doesn't exist.")
+        captions[image] = text.strip()
     return captions
 
 
 def list_views(example: Example, crops: int = 1, flip: bool = False) -> list[View]:
-    """Returns the views of a picture that are encoded; of the same picture always the same.
+    """Returns the views of an image to encode. They are always the same for the same file.
 
     Args:
-        example: with its digest, which determines the places of random crops.
-        crops: 1 for the centre, more for so many random places.
-        flip: whether each is also seen in a mirror.
+        example: an `Example` with its digest, from which the random places follow.
+        crops: number of places. 1 is the centre; more are random places.
+        flip: whether each place is also used mirrored.
     """
     if crops == 1:
         places = [(0.5, 0.5)]

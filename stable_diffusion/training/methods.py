@@ -1,14 +1,15 @@
-"""What is trained, and how it is saved.
+"""Methods of fine-tuning: which parameters learn, and how the result is saved.
 
-Each method takes the pipeline's own models, decides which of their parameters learn, and wraps them
-as one Keras model for `NoisyLatents`: `method.model`. The pipeline draws with what was learned so
-far at any time, after `method.show()`.
+A method uses the models of a pipeline. It decides which of their parameters learn, and wraps the
+models as one Keras model for `NoisyLatents`: `method.model`. After `method.update_pipeline()` the
+pipeline generates images with the present parameters.
 
-    Full                the UNet, or its cross-attention alone       a checkpoint, as `save` writes
-    LoRA                small matrices beside kernels of the UNet    a file that `load_lora` reads
+    method              trains                                       writes
+    Full                the UNet, or only its cross-attention        a checkpoint
+    LoRA                small matrices beside kernels of the UNet    a file for `load_lora`
     TextualInversion    vectors of a new word                        a file for `load_embedding`
 
-DreamBooth is `Full` or `LoRA` with a second `Stream` of pictures of the class.
+DreamBooth is `Full` or `LoRA` with a second `Stream`: images of the class.
 """
 
 import re
@@ -23,12 +24,13 @@ from stable_diffusion.adapters.lora import name_kernels, save_lora
 from stable_diffusion.config import UNetConfig
 from stable_diffusion.training.data import NoisyLatents, StepLoss, denoising_loss
 
-PARAMETERS = {  # of `Full`: patterns of variables' paths
+PARAMETERS = {  # of `Full`: patterns of the paths of variables that learn
     "all": r".*",
-    # "to_k and to_v" alone would be Custom Diffusion's, Kumari et al. 2022.
+    # Custom Diffusion (Kumari et al. 2022) trains only to_k and to_v of these.
     "cross-attention": r".*/attn2/.*",
 }
-TARGETS = {  # of `LoRA`: patterns of kernels' paths
+NONE = r"(?!)"  # a pattern that matches no path
+TARGETS = {  # of `LoRA`: patterns of the paths of kernels that get adapters
     "cross-attention": r".*/attn2/to_(q|k|v|out)/kernel",
     "attention": r".*/attn[12]/to_(q|k|v|out)/kernel",
     "transformers": r".*_attn_\d+/.*/kernel",
@@ -37,23 +39,23 @@ TARGETS = {  # of `LoRA`: patterns of kernels' paths
 
 
 def remat_scope(config: UNetConfig) -> keras.RematScope:
-    """Returns the scope in which a UNet is built to save memory and take more time.
+    """Returns a scope. Training a UNet that is built in it needs less memory, but more time.
 
-    Of each residual block and each transformer only inputs are kept for the backward pass, where
-    the rest is computed again. The whole of a block is, which is why `RematScope("full")` doesn't
-    serve: it would do it again for each layer within a block within a model.
+    Of each residual block and each transformer only the inputs are kept for the backward pass. The
+    backward pass computes everything else again (rematerialization). `RematScope("full")` does not
+    fit: it also wraps every layer inside a block, and would compute it several times.
 
     Args:
-        config: of the UNet.
+        config: the `UNetConfig` of the UNet.
 
     Example:
         ```python
         with remat_scope(pipeline.config.unet):
-            pipeline.diffusion_model  # is built when it is first asked for
+            pipeline.diffusion_model  # the first access builds it
         ```
     """
-    levels, blocks = range(len(config.widths)), range(config.res_blocks + 1)
-    names = [f"{way}_{i}" for way in ("down", "up") for i in levels] + ["mid"]
+    stages, blocks = range(len(config.widths)), range(config.res_blocks + 1)
+    names = [f"{way}_{i}" for way in ("down", "up") for i in stages] + ["mid"]
     names = [f"{name}_{kind}" for name in names for kind in ("res", "attn")]
     return keras.RematScope(
         "list_of_layers", layer_names=[f"{name}_{j}" for name in names for j in blocks]
@@ -64,10 +66,10 @@ class Denoiser(keras.Model):
     """The model that is trained: a functional model from a batch's inputs to the prediction."""
 
     def fit(self, x=None, *args, callbacks=None, **kwargs):
-        """Trains as `keras.Model.fit`, and tells a `NoisyLatents` which epoch it is.
+        """Trains like `keras.Model.fit`, and tells a `NoisyLatents` the number of each epoch.
 
-        `keras.utils.PyDataset` has methods for that, but Keras also calls them when it only looks
-        at the first batch.
+        `keras.utils.PyDataset` has methods for this, but Keras also calls them when it only
+        inspects the first batch.
         """
         if isinstance(x, NoisyLatents):
             tell = keras.callbacks.LambdaCallback(on_epoch_begin=lambda n, _: x.set_epoch(n))
@@ -76,17 +78,17 @@ class Denoiser(keras.Model):
 
 
 class Method:
-    """What the methods have in common.
+    """The base class of all methods.
 
     Args:
-        pipeline: the `StableDiffusion` that is trained.
+        pipeline: the `StableDiffusion` to train.
 
     Attributes:
         model: the `Denoiser`.
-        tokenize: for `NoisyLatents`.
+        tokenize: the argument of that name for `NoisyLatents`.
 
     Raises:
-        ValueError: the pipeline's UNet takes other inputs than a noisy latent.
+        ValueError: the UNet has other inputs than a noisy latent.
     """
 
     tokenize = None
@@ -95,13 +97,14 @@ class Method:
         unet = pipeline.config.unet
         if unet.in_channels != pipeline.config.vae.latent_channels:
             raise ValueError(
-                f"Models that take more than a latent can't be trained: this one has "
-                f"{unet.in_channels} channels of input, as those for inpainting."
+                f"Only models whose input is a latent of {pipeline.config.vae.latent_channels} "
+                f"channels can be trained. This one has {unet.in_channels}, like those for "
+                f"inpainting."
             )
         self.pipeline = pipeline
 
     def compile(self, optimizer, **options) -> Denoiser:
-        """Compiles the model with the loss of denoising, and returns it.
+        """Compiles the model with `denoising_loss`, and returns it.
 
         Args:
             optimizer: a Keras optimizer.
@@ -110,13 +113,13 @@ class Method:
         self.model.compile(optimizer, loss=denoising_loss, weighted_metrics=[StepLoss()], **options)
         return self.model
 
-    def show(self):
-        """Brings the pipeline to what was learned so far, so that it can draw."""
+    def update_pipeline(self):
+        """Copies the learned parameters to the pipeline, so that it generates images with them."""
 
-    def _wrap(self):
-        """Returns the model of the UNet alone."""
+    def _wrap_unet(self):
+        """Returns the `Denoiser` that consists only of the UNet."""
         unet = self.pipeline.diffusion_model
-        # Without own input tensors Keras would take the UNet's, and the name of its first layer.
+        # Without input tensors of its own, the model would get the UNet's and their names.
         inputs = {
             tensor.name: keras.Input(tensor.shape[1:], name=tensor.name) for tensor in unet.inputs
         }
@@ -128,38 +131,46 @@ class Full(Method):
 
     Args:
         pipeline: the `StableDiffusion`.
-        parameters: key of `PARAMETERS`.
+        parameters: a key of `PARAMETERS`.
 
     Raises:
-        ValueError: an unknown key.
+        ValueError: the key is unknown.
     """
 
     def __init__(self, pipeline, parameters: str = "all"):
         super().__init__(pipeline)
         if parameters not in PARAMETERS:
-            raise ValueError(f"parameters must be one of {_list(PARAMETERS)}, not {parameters!r}.")
-        freeze(pipeline.diffusion_model, PARAMETERS[parameters])
-        self.model = self._wrap()
+            raise ValueError(
+                f"parameters must be one of {_format_names(PARAMETERS)}, not {parameters!r}."
+            )
+        freeze_variables(pipeline.diffusion_model, PARAMETERS[parameters])
+        self.model = self._wrap_unet()
 
     def save(self, path: str | Path, dtype: str | None = None):
-        """Writes the whole pipeline as a diffusers folder, see `checkpoints.save`."""
+        """Writes the whole pipeline as a folder in diffusers' layout.
+
+        Args:
+            path: path of the folder.
+            dtype: see `checkpoints.save_checkpoint`.
+        """
         self.pipeline.save(path, dtype=dtype)
 
 
 class LoRA(Method):
-    """Trains small matrices beside the UNet's kernels, with Keras' own `enable_lora`.
+    """Trains small matrices beside kernels of the UNet, with Keras' own `enable_lora`.
 
-    A kernel W gets W + alpha / rank * A B. A is random and B zero at first, so that the model is
-    the same before the first step.
+    A kernel W is replaced by W + alpha / rank * A B. At first A is random and B is zero, so the
+    first step starts with an unchanged model.
 
     Args:
         pipeline: the `StableDiffusion`.
-        rank: columns of A and rows of B.
+        rank: number of columns of A and of rows of B.
         alpha: a factor; None is the rank.
-        targets: key of `TARGETS`.
+        targets: a key of `TARGETS`.
 
     Raises:
-        ValueError: an unknown key, a rank below 1, or a UNet that has adapters already.
+        ValueError: the key is unknown, the rank is below 1, alpha is not above 0, or the UNet has
+            adapters already.
 
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
     """
@@ -167,38 +178,36 @@ class LoRA(Method):
     def __init__(self, pipeline, rank: int = 4, alpha: float | None = None, targets="attention"):
         super().__init__(pipeline)
         if targets not in TARGETS:
-            raise ValueError(f"targets must be one of {_list(TARGETS)}, not {targets!r}.")
+            raise ValueError(f"targets must be one of {_format_names(TARGETS)}, not {targets!r}.")
         if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be an int from 1, not {rank!r}.")
+            raise ValueError(f"rank must be an int of 1 or more, not {rank!r}.")
         alpha = rank if alpha is None else alpha
         if not alpha > 0:
             raise ValueError(f"alpha must be above 0, not {alpha!r}.")
         unet = pipeline.diffusion_model
         found = [layer for layer in unet._flatten_layers() if hasattr(layer, "enable_lora")]
         if any(layer.lora_enabled for layer in found):
-            raise ValueError("The UNet has adapters already; take a new pipeline.")
+            raise ValueError("The UNet has adapters already; make a new pipeline.")
         names = name_kernels(unet)
-        freeze(unet, r"(?!)")
-        unet.predict_function = None  # one that was traced before wouldn't know the adapters
+        freeze_variables(unet, NONE)
+        unet.predict_function = None  # a function that was traced before lacks the adapters
         self.rank, self.alpha, self.adapters = rank, alpha, {}
         for layer in found:
             path = layer.kernel.path
             if re.fullmatch(TARGETS[targets], path):
                 layer.enable_lora(rank, lora_alpha=alpha)
                 self.adapters[names[path]] = layer
-        self.model = self._wrap()
+        self.model = self._wrap_unet()
 
     def save(self, path: str | Path, keys: str = "kohya", dtype: str = "float32"):
-        """Writes the adapters alone, as a .safetensors file.
+        """Writes only the adapters, as a .safetensors file.
 
         Args:
             path: path of the file.
-            keys: how tensors are called: "kohya" (which diffusers reads, too) or "diffusers"
-                (peft's names after "unet."; alpha is in the metadata).
-            dtype: "float32", "float16" or "bfloat16".
+            keys, dtype: see `adapters.lora.save_lora`.
 
         Raises:
-            ValueError: unknown keys.
+            ValueError: see `adapters.lora.save_lora`.
         """
         halves = {
             name: tuple(
@@ -211,18 +220,20 @@ class LoRA(Method):
 
 
 class TextualInversion(Method):
-    """Trains the vectors of a new word; every other parameter stays as it is, bit for bit.
+    """Trains the vectors of a new word. All other parameters stay unchanged, bit for bit.
 
     The pipeline's tokenizer and text encoder get the word at once, see `load_embedding`.
 
     Args:
         pipeline: the `StableDiffusion`.
-        token: how the word is written in prompts and captions, such as "<cat-toy>".
-        initializer: a word to start from. Vectors take its pieces in turn.
-        vectors: how many.
+        token: how prompts and captions write the word, such as "<cat-toy>".
+        initializer: a known word. Its vectors are the first values; if it has fewer vectors than
+            the new word, they are used again in the same order.
+        vectors: number of vectors.
 
     Raises:
-        ValueError: a token that there is already, an initializer without a word, or no vectors.
+        ValueError: the token exists already, the initializer contains no word, or the number of
+            vectors is below 1.
 
     Reference: Gal et al. 2022, https://arxiv.org/abs/2208.01618, section 3.
     """
@@ -230,20 +241,24 @@ class TextualInversion(Method):
     def __init__(self, pipeline, token: str, initializer: str, vectors: int = 1):
         super().__init__(pipeline)
         if not isinstance(vectors, int) or vectors < 1:
-            raise ValueError(f"vectors must be an int from 1, not {vectors!r}.")
+            raise ValueError(f"vectors must be an int of 1 or more, not {vectors!r}.")
         pieces = pipeline.tokenizer.encode(initializer)[1:-1]
         if not pieces:
-            raise ValueError(f"initializer must have a word, not {initializer!r}.")
+            raise ValueError(f"initializer must contain a word, not {initializer!r}.")
         table = ops.convert_to_numpy(ops.cast(pipeline.text_encoder.weights[0], "float32"))
         first = table[[pieces[n % len(pieces)] for n in range(vectors)]]
         self.token, self.ids = token, add_token(pipeline, token, first)
-        self.model = self._wrap_both(first)
+        self.model = self._wrap_models(first)
 
-    def _wrap_both(self, first):
-        """Returns the model of text encoder and UNet, with a table of vectors of its own."""
+    def _wrap_models(self, first):
+        """Returns the `Denoiser` that consists of text encoder, table of vectors and UNet.
+
+        Args:
+            first: the first values of the vectors, float32 `(n, D)`.
+        """
         encoder, unet = self.pipeline.text_encoder, self.pipeline.diffusion_model
-        freeze(encoder, r"(?!)")
-        freeze(unet, r"(?!)")
+        freeze_variables(encoder, NONE)
+        freeze_variables(unet, NONE)
         shapes = {tensor.name: tensor.shape[1:] for tensor in unet.inputs[:2]}
         inputs = {name: keras.Input(shape, name=name) for name, shape in shapes.items()}
         texts = {
@@ -259,21 +274,21 @@ class TextualInversion(Method):
         return Denoiser(inputs | texts, unet([*inputs.values(), x]), name="denoiser")
 
     def tokenize(self, text: str) -> np.ndarray:
-        """Returns the ids of a caption, int32 `(77,)`.
+        """Returns the ids of a caption's tokens, int32 `(77,)`.
 
         Raises:
-            ValueError: it is too long.
+            ValueError: the caption is too long.
         """
         return np.array(self.pipeline.tokenize(text), "int32")
 
-    def show(self):
-        """See `Method.show`."""
+    def update_pipeline(self):
+        """See `Method.update_pipeline`."""
         table = self.pipeline.text_encoder.weights[0]
         rows = ops.cast(self.learned.vectors.value, table.dtype)
         table.assign(ops.slice_update(table.value, (self.ids[0], 0), rows))
 
     def save(self, path: str | Path, dtype: str = "float32"):
-        """Writes the vectors alone, as a .safetensors file that diffusers reads, too.
+        """Writes only the vectors, as a .safetensors file, which diffusers reads, too.
 
         Args:
             path: path of the file.
@@ -284,14 +299,14 @@ class TextualInversion(Method):
 
 
 class LearnedTokens(layers.Layer):
-    """A `CLIPEmbedding` of which some tokens are in a table of their own, which is trained.
+    """A `CLIPEmbedding` with an additional table for some tokens. Only this table is trained.
 
     Args:
-        embedding: the `CLIPEmbedding`, which stays as it is.
-        first: id of the first of the tokens.
-        count: how many there are.
+        embedding: the `CLIPEmbedding`. It stays unchanged.
+        first: id of the first of these tokens.
+        count: number of these tokens. Their ids follow one another.
 
-    Called on `[tokens, positions]`, ints `(B, T)` each; returns `(B, T, D)`.
+    Inputs are `[tokens, positions]`, both ints `(B, T)`. The output is `(B, T, D)`.
     """
 
     def __init__(self, embedding, first, count, **kwargs):
@@ -308,7 +323,7 @@ class LearnedTokens(layers.Layer):
 
     def call(self, inputs):
         tokens, positions = inputs
-        place = tokens - self.first  # in the table, where it is from 0 to count - 1
+        place = tokens - self.first  # row in the table, if it is from 0 to count - 1
         mine = ops.logical_and(place >= 0, place < self.count)
         learned = ops.take(self.vectors, ops.clip(place, 0, self.count - 1), axis=0)
         others = self.embedding.token_embedding(tokens)
@@ -316,11 +331,18 @@ class LearnedTokens(layers.Layer):
         return x + self.embedding.position_embedding(positions)
 
 
-def freeze(model: keras.Model, trained: str):
-    """Lets those of a model's variables learn whose path matches a pattern, and no others."""
+METHODS = {  # name of each method, as the command calls it
+    "full": Full,
+    "lora": LoRA,
+    "textual-inversion": TextualInversion,
+}
+
+
+def freeze_variables(model: keras.Model, trained: str):
+    """Freezes all variables of a model, except those whose path matches a pattern."""
     for variable in model.weights:
         variable.trainable = bool(re.fullmatch(trained, variable.path))
 
 
-def _list(names):
+def _format_names(names):
     return ", ".join(map(repr, names))

@@ -1,4 +1,4 @@
-"""Any Keras optimizer by its name, with a schedule; and how much memory a run takes."""
+"""Makes any Keras optimizer by its name, with a schedule; counts the memory of a run."""
 
 import inspect
 import math
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-SCHEDULES = {"constant": 1.0, "cosine": 0.0}  # and what is left of the rate at the end
-NAMES = sorted(
+SCHEDULES = {"constant": 1.0, "cosine": 0.0}  # last learning rate, as a share of its peak
+OPTIMIZERS = sorted(
     name
     for name in dir(keras.optimizers)
     if inspect.isclass(kind := getattr(keras.optimizers, name))
     and issubclass(kind, keras.optimizers.Optimizer)
-    and name not in ("Optimizer", "LossScaleOptimizer", "Muon")  # the last is for matrices alone
+    and name not in ("Optimizer", "LossScaleOptimizer", "Muon")  # Muon accepts only matrices
 )
 
 
@@ -25,18 +25,18 @@ def make_optimizer(
     """Makes a Keras optimizer.
 
     Args:
-        name: one of `NAMES`, in any case.
+        name: one of `OPTIMIZERS`, in upper or lower case.
         rate: the learning rate's peak.
-        steps: batches that the schedule is for.
-        schedule: key of `SCHEDULES`.
-        warmup: batches until the rate is at its peak, linearly from 0.
-        **options: of every Keras optimizer, such as `weight_decay`, `clipnorm`,
-            `gradient_accumulation_steps`, `use_ema` and `ema_momentum`, or of this one.
+        steps: number of batches of the whole run.
+        schedule: a key of `SCHEDULES`.
+        warmup: number of batches in which the rate rises linearly from 0 to its peak.
+        **options: arguments of the optimizer, such as `weight_decay`, `clipnorm`,
+            `gradient_accumulation_steps`, `use_ema` and `ema_momentum`.
 
     Raises:
-        ValueError: an unknown optimizer or schedule, or options that it doesn't take.
+        ValueError: the optimizer or schedule is unknown, or it does not accept the options.
     """
-    kinds = {known.lower(): getattr(keras.optimizers, known) for known in NAMES}
+    kinds = {known.lower(): getattr(keras.optimizers, known) for known in OPTIMIZERS}
     if name.lower() not in kinds:
         raise ValueError(f"optimizer must be one of {', '.join(kinds)}, not {name!r}.")
     if schedule not in SCHEDULES:
@@ -58,15 +58,15 @@ def make_optimizer(
 def count_memory(
     model: keras.Model, make: Callable[[], keras.optimizers.Optimizer]
 ) -> dict[str, int]:
-    """Counts what a run keeps in memory beside the activations, in bytes.
+    """Counts the parameters of a run, and the memory that it needs besides the activations.
 
     Args:
-        model: what is trained; its variables may be without values (`keras.StatelessScope`).
-        make: makes an optimizer. Each shape of variable is tried with one, which is how much is
-            allocated at a time.
+        model: the model to train. Its variables may have no values (`keras.StatelessScope`).
+        make: function that makes an optimizer. It is called once for each shape of a variable, so
+            the count itself needs little memory.
 
     Returns:
-        dict of ints: the numbers of "trained" and of "all" parameters, and the bytes of
+        Dict of ints: the numbers of "trained" and of "all" parameters, and the bytes of
         "parameters", "gradients" and "optimizer".
     """
     trained = model.trainable_variables
@@ -74,16 +74,16 @@ def count_memory(
     for (shape, dtype), count in Counter((tuple(v.shape), v.dtype) for v in trained).items():
         one = make()
         one.build([keras.Variable(np.zeros(shape), dtype=dtype)])
-        optimizer += count * sum(_bytes(v) for v in one.variables if len(v.shape))
+        optimizer += count * sum(_count_bytes(v) for v in one.variables if len(v.shape))
     return {
         "trained": sum(math.prod(v.shape) for v in trained),
         "all": sum(math.prod(v.shape) for v in model.weights),
-        "parameters": sum(map(_bytes, model.weights)),
-        "gradients": sum(map(_bytes, trained)),
+        "parameters": sum(map(_count_bytes, model.weights)),
+        "gradients": sum(map(_count_bytes, trained)),
         "optimizer": optimizer,
     }
 
 
-def _bytes(variable):
+def _count_bytes(variable):
     bits = int(re.search(r"\d+", keras.backend.standardize_dtype(variable.dtype))[0])
     return math.prod(variable.shape) * bits // 8

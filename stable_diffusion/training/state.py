@@ -1,57 +1,52 @@
-"""What a stopped run goes on from: the parameters that learn, the optimizer and the step.
+"""The state of a run, from which a stopped run goes on: trained parameters, optimizer and step.
 
-Not `save_weights`: it would write the frozen parameters, too, and merges adapters into kernels, so
-that a LoRA that was loaded again would start from A = B = 0 and never learn.
+Keras' `save_weights` does not fit: it also writes the frozen parameters, and it merges a LoRA into
+the kernels. Such a LoRA would be loaded with A = B = 0 and would never learn.
 """
 
 from pathlib import Path
 
 import keras
-import ml_dtypes  # noqa: F401  teaches numpy and safetensors what bfloat16 is
 import numpy as np
 from keras import ops
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from stable_diffusion.files import new_file
+from stable_diffusion.checkpoints.tensors import read_safetensors, save_safetensors
 
 
 def save_state(path: str | Path, model: keras.Model, step: int):
-    """Writes the state of a run: the whole file, or none.
+    """Writes the state of a run, as a whole or not at all.
 
     Args:
         path: path of a .safetensors file.
-        model: compiled, with an optimizer that is built.
-        step: batches that were trained on.
+        model: a compiled model whose optimizer is built.
+        step: number of batches that the model was trained on.
     """
     tensors = {
         name: np.ascontiguousarray(ops.convert_to_numpy(variable.value)).reshape(variable.shape)
-        for name, variable in _variables(model).items()
+        for name, variable in _name_variables(model).items()
     }
-    with new_file(path) as written:
-        save_file(tensors, written, metadata={"step": str(step)})
+    save_safetensors(path, tensors, {"step": str(step)})
 
 
 def load_state(path: str | Path, model: keras.Model) -> int:
-    """Gives a model and its optimizer the state that `save_state` wrote: all of it, or none.
+    """Assigns a state that `save_state` wrote to a model and its optimizer: all of it, or none.
 
     Args:
         path: path of the file.
-        model: compiled as the one that was saved.
+        model: a model that was built and compiled like the saved one.
 
     Returns:
         The step.
 
     Raises:
-        ValueError: the file is damaged, or of a run of something else.
+        ValueError: the file is damaged, or it is the state of another model or optimizer.
     """
     model.optimizer.build(model.trainable_variables)
-    variables = _variables(model)
+    variables = _name_variables(model)
     try:
-        with safe_open(path, framework="numpy") as file:
-            step = int((file.metadata() or {})["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        tensors, metadata = read_safetensors(path)
+        step = int(metadata["step"])
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is no intact state of a run: {error}") from error
     wanted = {name: tuple(variable.shape) for name, variable in variables.items()}
     if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
@@ -61,8 +56,8 @@ def load_state(path: str | Path, model: keras.Model) -> int:
     return step
 
 
-def _variables(model):
-    """Returns what is saved, by names that are unique."""
+def _name_variables(model):
+    """Returns the variables of a state: dict from a unique name to each variable."""
     return {f"model/{n}/{v.path}": v for n, v in enumerate(model.trainable_variables)} | {
         f"optimizer/{n}/{v.name}": v for n, v in enumerate(model.optimizer.variables)
     }

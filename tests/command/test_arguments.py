@@ -29,7 +29,8 @@ def test_names_are_those_of_the_tables():
     assert (*arguments.PREDICTION_TYPES, "sample") == known  # no checkpoint predicts samples
     assert arguments.TRAINED_PARAMETERS == tuple(methods.PARAMETERS)
     assert arguments.LORA_TARGETS == tuple(methods.TARGETS)
-    assert arguments.LORA_KEYS == tuple(lora.KEYS)
+    assert arguments.LORA_KEYS == tuple(lora.WRITTEN)
+    assert list(finetune.RATES) == [*methods.METHODS, "dreambooth"]
     assert arguments.RATE_SCHEDULES == tuple(optimizers.SCHEDULES)
     assert arguments.DISTRIBUTIONS == distribution.KINDS
 

@@ -98,7 +98,7 @@ def test_lora(source, tmp_path):
     ("arguments", "message"),
     [
         (["absent"], "weights must be None, a preset"),
-        (["emoji", "--ema"], "ema is for files in the original layout"),
+        (["emoji", "--ema"], "ema must be False, except for a file in the original layout"),
         (["emoji", "--lora", "absent.safetensors"], "absent.safetensors"),
     ],
 )

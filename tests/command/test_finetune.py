@@ -234,7 +234,7 @@ def test_a_missing_caption_is_an_error(finetune, tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     given = ["--method", "lora", "--out", tmp_path / "x.safetensors"]
     assert finetune(*given, folder=tmp_path) == 2
-    assert "1 of 1 pictures have no caption" in capsys.readouterr().err
+    assert "1 of 1 images have no caption" in capsys.readouterr().err
     new = ["--method", "textual-inversion", "--token", "<x>", "--initializer", "cat"]
     given = [*new, "--out", tmp_path / "x.safetensors", "--prompt", "an image of a cat"]
     assert finetune(*given, folder=tmp_path) == 2

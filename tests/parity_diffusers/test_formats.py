@@ -14,7 +14,7 @@ import pytest
 from helpers import relative_error
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
-from stable_diffusion.checkpoints.diffusers_config import config_files, write_files
+from stable_diffusion.checkpoints.diffusers_config import make_config_files, write_config_files
 from stable_diffusion.config import SD1, SD2, undo_departures
 from stable_diffusion.noise_scheduler import ddim, split_prediction, timestep_embedding
 
@@ -311,8 +311,8 @@ def test_full_size(version, tmp_path):
     text, unet = FULL[version]
     generator = torch.Generator().manual_seed(0)
     config = undo_departures({"1": SD1, "2": SD2}[version])
-    files = config_files(config, {}, SimpleTokenizer())
-    write_files(tmp_path, {n: f for n, f in files.items() if n.startswith("tokenizer/")})
+    files = make_config_files(config, {}, SimpleTokenizer())
+    write_config_files(tmp_path, {n: f for n, f in files.items() if n.startswith("tokenizer/")})
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
     text = {
         "hidden_size": 768,

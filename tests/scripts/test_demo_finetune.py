@@ -13,7 +13,7 @@ from stable_diffusion.files import WEIGHTS_DIR
 @pytest.mark.large
 def test_the_demonstration(monkeypatch, tmp_path, capsys):
     """All of it, with two steps of two methods, on random pictures as data."""
-    for name in ("STEPS", "CLASS_SUBJECTS", "CLASS_PICTURES", "PAIRS"):
+    for name in ("STEPS", "CLASS_SUBJECTS", "CLASS_IMAGES", "PAIRS"):
         monkeypatch.setattr(demo, name, 2)
     methods = {name: [*options, "--steps", "2"] for name, options in demo.METHODS.items()}
     monkeypatch.setattr(demo, "METHODS", methods)

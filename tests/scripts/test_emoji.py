@@ -1,4 +1,4 @@
-"""The embedded checkpoint, and scripts/train_emoji.py, which makes one.
+"""The embedded checkpoint, and scripts/emoji/first/train_emoji.py, which makes one.
 
 The checkpoint draws what it is asked for and is small. The script is tested with a model of few
 parameters, on synthetic pictures, without graphs, which take longer to build than to save here.
@@ -12,12 +12,12 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+import train_emoji as script
 from safetensors.numpy import load_file
 
-import train_emoji as script
 from stable_diffusion import Decoder, ImageEncoder, SimpleTokenizer, StableDiffusion
 from stable_diffusion.checkpoints import open_checkpoint
-from stable_diffusion.command.generate import get_unseen
+from stable_diffusion.command.generate import find_unseen_words
 from stable_diffusion.config import TextConfig
 from stable_diffusion.files import WEIGHTS_DIR
 
@@ -181,8 +181,8 @@ def test_training_goes_on_where_it_was_killed(train, pictures, monkeypatch, tmp_
 
     assert (out / "subjects.txt").read_text().splitlines() == NAMES[:1]
     captions = train.emoji.captions("red apple", "blue", "small", "left")
-    assert get_unseen(open_checkpoint(out), captions) == []
-    assert get_unseen(open_checkpoint(out), ["a horse on blue"]) == ["horse"]
+    assert find_unseen_words(open_checkpoint(out), captions) == []
+    assert find_unseen_words(open_checkpoint(out), ["a horse on blue"]) == ["horse"]
     files = {path.name for path in (tmp_path / "killed").rglob("*")}
     assert "epoch_002.png" in files
     assert not any(name.startswith("next.") or name.endswith(".tmp") for name in files)

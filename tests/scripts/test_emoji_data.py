@@ -1,12 +1,11 @@
-"""Tests of scripts/emoji_data.py on small synthetic pictures; no font is read or downloaded."""
+"""Tests of emoji_data.py on small synthetic pictures; no font is read or downloaded."""
 
 import subprocess
 import sys
 
+import emoji_data
 import numpy as np
 import pytest
-
-import emoji_data
 
 NAMES = ["red apple", "grapes", "octopus", "unicorn", "ice cream", "hourglass"]
 BLUE = (0, 0, 255)

@@ -1,15 +1,15 @@
-"""Tests of scripts/evaluate_emoji.py: its metrics on synthetic pictures, and the whole of it.
+"""Tests of evaluate_emoji.py: its metrics on synthetic pictures, and the whole of it.
 
 The references are a few shapes, not emoji; nothing is trained or downloaded.
 """
 
 import json
 
+import emoji_data as emoji
+import evaluate_emoji as evaluate
 import numpy as np
 import pytest
 
-import emoji_data as emoji
-import evaluate_emoji as evaluate
 import stable_diffusion
 
 NAMES = ["octopus", "balloon", "rocket", "tulip", "pizza", "frog", "whale", "crown"]

@@ -1,7 +1,7 @@
 """Measures how well a checkpoint draws pairs of subject and background it was never trained on.
 
-    python scripts/emoji_data.py --out emoji.npz
-    python scripts/evaluate_emoji.py emoji.npz
+    python scripts/emoji/first/emoji_data.py --out emoji.npz
+    python scripts/emoji/first/evaluate_emoji.py emoji.npz
 
 A picture shows the right subject if, of all subjects of the checkpoint drawn on that background
 (in the centre, at full size), the right one is nearest to it: in mean squared error at 32x32
@@ -18,11 +18,10 @@ import json
 import sys
 from pathlib import Path
 
+import emoji_data as emoji
 import numpy as np
 
-import emoji_data as emoji
-
-WEIGHTS = Path(__file__).parents[1] / "weights" / "emoji"
+WEIGHTS = Path(__file__).parents[3] / "weights" / "emoji"
 BORDER = 3  # pixels wide: thinner than the rim that every subject leaves
 STEPS, GUIDANCE = 50, 7.5  # the defaults of the pipeline
 BATCH = 32  # pictures drawn at once
@@ -250,7 +249,7 @@ def positive(kind):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="what scripts/emoji_data.py wrote")
+    parser.add_argument("data", type=Path, help="what scripts/emoji/first/emoji_data.py wrote")
     parser.add_argument("--weights", default=str(WEIGHTS), help="a diffusers folder")
     parser.add_argument("--pairs", type=positive(int), default=300, help="default: 300")
     whole, decimal = positive(int), positive(float)

@@ -1,6 +1,6 @@
 """Draws what the embedded checkpoint can do, as one picture.
 
-    python scripts/draw_grid.py weights/emoji_samples.png
+    python scripts/emoji/first/draw_grid.py weights/emoji_samples.png
 
 The upper rows are subjects on background colours, each row one colour. The last row is one prompt
 after more and more steps, all from the same noise.

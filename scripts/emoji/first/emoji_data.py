@@ -4,7 +4,7 @@ The pictures are the 128-pixel bitmaps of the Noto Color Emoji font (SIL OFL 1.1
 Unicode's, from the `emoji` package. Drawn on plain coloured backgrounds they make captioned
 examples that compose: "a red apple on a blue background".
 
-    python scripts/emoji_data.py --out data.npz
+    python scripts/emoji/first/emoji_data.py --out data.npz
 
 Needs fonttools, emoji and pillow; without --font also Debian's apt-get and dpkg-deb.
 In comments on shapes, N is the number of subjects.
@@ -212,9 +212,10 @@ def extract(font_path):
     Raises:
         ValueError: the file is no font or has no colour bitmaps.
     """
-    import emoji
     from fontTools.ttLib import TTFont, TTLibError
     from PIL import Image
+
+    import emoji
 
     try:
         font = TTFont(font_path)
@@ -305,7 +306,7 @@ def read_subjects(folder, names, pictures):
     """Chooses the subjects of a checkpoint, in the order of its subjects.txt.
 
     Args:
-        folder: the checkpoint's, see scripts/train_emoji.py.
+        folder: the checkpoint's, see scripts/emoji/first/train_emoji.py.
         names, pictures: the data set, see `load`.
 
     Returns:

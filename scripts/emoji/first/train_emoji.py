@@ -1,7 +1,7 @@
 """Trains the embedded checkpoint: a small Stable Diffusion that draws emoji, from nothing.
 
-    python scripts/emoji_data.py --out emoji.npz
-    python scripts/train_emoji.py emoji.npz --work runs/emoji --out weights/emoji
+    python scripts/emoji/first/emoji_data.py --out emoji.npz
+    python scripts/emoji/first/train_emoji.py emoji.npz --work runs/emoji --out weights/emoji
 
 First the VAE learns to compress pictures. Its latents of all training pictures are written to a
 file. The text encoder learns what captions look like, alone. Then it and the UNet learn together to
@@ -13,7 +13,7 @@ given again. `--out` gets the result, a diffusers folder, with two lists beside 
 subjects.txt (what it draws) and words.txt (what it was told). Training goes on from such a folder,
 with a new optimizer, by
 
-    python scripts/train_emoji.py emoji.npz --init weights/emoji --work runs/more --out new
+    python scripts/emoji/first/train_emoji.py emoji.npz --init weights/emoji --work runs --out new
 
 Each step is compiled: by XLA with KERAS_BACKEND=tensorflow, the default, which suits a CPU best.
 
@@ -30,19 +30,18 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import emoji_data as emoji
 import keras
 import numpy as np
 from keras import ops
 from PIL import Image
 
-import emoji_data as emoji
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
-from stable_diffusion.command.generate import split_words
 from stable_diffusion.checkpoints import open_checkpoint
-from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers
-from stable_diffusion.config import undo_departures
 from stable_diffusion.clip_tokenizer import NUM_PAIRS, WEIGHTS_DIR
+from stable_diffusion.command.generate import split_words
+from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig, undo_departures
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 SIZE = 128  # pixels, 16x16 latent cells
@@ -603,7 +602,7 @@ def train(args):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="what scripts/emoji_data.py wrote")
+    parser.add_argument("data", type=Path, help="what scripts/emoji/first/emoji_data.py wrote")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
     parser.add_argument("--init", type=Path, help="go on from all parts of this --out of before")
