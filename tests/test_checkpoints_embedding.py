@@ -178,16 +178,6 @@ def test_compiled_as_the_pipeline(model):
     assert model.text_encoder.jit_compile == model.decoder.jit_compile
 
 
-def test_expand_tokens(merges):
-    tokenizer = SimpleTokenizer(merges)
-    tokenizer.add_tokens(["<a>", "<a>_1", "<b>", "<a>_2", "<b>_2", "sks_1"])
-    assert tokenizer.vectors == {}
-    expand_tokens(tokenizer)
-    assert tokenizer.vectors == {"<a>": [1000, 1001, 1003]}
-    assert tokenizer.encode("<b><a>")[1:-1] == [1002, 1000, 1001, 1003]
-    assert tokenizer.encode("<b>_2 sks_1")[1:-1] == [1004, 1005]
-
-
 def test_saved_and_loaded_again(model, tmp_path):
     load_embedding(model, EMBEDDING)
     model.save(tmp_path / "model", dtype="float32")

@@ -18,7 +18,7 @@ import pytest
 from helpers import DATA
 
 from stable_diffusion import files
-from stable_diffusion.clip_tokenizer import SimpleTokenizer
+from stable_diffusion.clip_tokenizer import SimpleTokenizer, expand_tokens
 from stable_diffusion.files import WEIGHTS_DIR
 
 pytestmark = pytest.mark.quick
@@ -235,6 +235,15 @@ def wrong_vocabularies():
         "unknown_pieces": gzip.compress(b"apple 12\n" * 60000, 1),
         "not_text": gzip.compress(b"\xff\xfe\n" * 60000, 1),
     }
+
+
+def test_names_of_several_vectors(fresh):
+    fresh.add_tokens(["<a>", "<a>_1", "<b>", "<a>_2", "<b>_2", "sks_1"])
+    assert fresh.vectors == {}
+    expand_tokens(fresh)
+    assert fresh.vectors == {"<a>": [49408, 49409, 49411]}
+    assert fresh.encode("<b><a>")[1:-1] == [49410, 49408, 49409, 49411]
+    assert fresh.encode("<b>_2 sks_1")[1:-1] == [49412, 49413]
 
 
 def test_wrong_bpe_path(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from helpers import DATA, golden_pipeline
 from keras import Model, ops
 
+from stable_diffusion.image_encoder import encode_moments
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 pytestmark = pytest.mark.quick
@@ -79,6 +80,7 @@ def test_image_encoder(golden):
     encoder, scale = golden.pipeline.image_encoder, golden.pipeline.config.vae.scaling_factor
     moments = Model(encoder.inputs[0], encoder.layers[-2].output)
     check(moments(golden["picture"]), golden["moments"])
+    check(encode_moments(encoder, golden["picture"]), golden["moments"])
     check(encoder(golden["picture"]), golden["moments"][..., :4] * scale)
 
 

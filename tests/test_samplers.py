@@ -6,6 +6,7 @@ computes coefficients in float32, where UniPC's lose digits to cancellation.
 """
 
 import itertools
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -267,6 +268,11 @@ def test_the_timestep_of_an_alpha():
         assert schedule.find_timestep(schedule.alphas_cumprod[timestep]) == pytest.approx(timestep)
     for timestep, alpha in schedule.levels(7, sampler=Sampler(None, rounded=False))[:-1]:
         assert schedule.find_timestep(alpha) == pytest.approx(timestep, abs=1e-9)
+
+
+def test_rows_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        SAMPLERS["ddim"].rounded = False
 
 
 def test_names():

@@ -47,6 +47,12 @@ def test_the_same_picture(decoder, latent, most, strip):
     np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0)
 
 
+def test_a_single_image(decoder, latent):
+    expected = np.asarray(decoder.predict_on_batch(latent[:1]))
+    found = strips.decode_in_strips(decoder, latent[:1], 1, 10_000)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, decoder, latent):
     """About as near to float32's picture as the whole decoder in that dtype."""
