@@ -1,4 +1,4 @@
-"""Stable Diffusion in about 500 lines of Keras 3, equal to KerasCV's layer by layer.
+"""Stable Diffusion in a few hundred lines of Keras 3, equal to KerasCV layer by layer.
 
 Read `stable_diffusion.py` (the pipeline) first, then `clip_tokenizer.py`, `text_encoder.py`,
 `diffusion_model.py`, `noise_scheduler.py` and `decoder.py`: the order in which an image is made.
@@ -32,6 +32,7 @@ From KerasCV, with its signatures: `StableDiffusion`, `StableDiffusionV2`, `Text
     noise_scheduler.timestep_embedding                            what the UNet is told of time
     training.Cache .NoisyLatents .Stream .Example .read_folder    data of fine-tuning
     training.Full .LoRA .TextualInversion .remat_scope            methods of fine-tuning
+    training.METHODS                                              the table of methods
     training.load_state .save_state                               resuming
     parity.keras_cv                                               comparing with KerasCV
 """
