@@ -127,16 +127,17 @@ class Sprites:
 
     Args:
         pictures: dict from style to uint8 `(subjects, side, side, 4)`, see `pictures.py`.
-        names: of the subjects, in their order.
+        names: of the subjects, in their order; None is those of `pictures.py`.
+        fills: pixels of their longer sides; None is those of the scenes.
     """
 
-    def __init__(self, pictures, names=None):
+    def __init__(self, pictures, names=None, fills=None):
         self.names = list(read_subjects() if names is None else names)
         self.index = {name: number for number, name in enumerate(self.names)}
         self.sprites = {
             (style, fill): np.stack([_resize(picture, fill) for picture in some])
             for style, some in pictures.items()
-            for fill in FILL.values()
+            for fill in fills or FILL.values()
         }
 
     def get(self, name, style, fill, mirrored=False):
