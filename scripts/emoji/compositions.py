@@ -207,14 +207,57 @@ def _resize(picture, fill):
 
 # The grammar of the names: which take "an", and which take no article.
 AN_PREFIXES = ("a", "e", "i", "o", "u", "hour", "x-ray")
-A_PREFIXES = ("uni", "one-", "ewe", "euro")  # the exceptions among them
+A_PREFIXES = ("uni", "ufo", "one-", "ewe", "euro")  # the exceptions among them
 PREPOSITIONS = frozenset("at behind blowing from in of on with without".split())
 UNCOUNTABLE = frozenset(
-    "bacon badminton bowling bread broccoli butter camping candy construction cooking coral cream"
-    " dango dna falafel fire food garlic hockey ice lacrosse lightning luggage meat money oden"
-    " pong popcorn rice sake salt soap spaghetti sushi tea tennis thread wood yarn".split()
+    "bacon badminton bowling bread broccoli butter camping candy coffee construction cooking"
+    " coral corn cream dango dice dna falafel fire food garlic hockey ice lacrosse lightning"
+    " luggage meat money oden pong popcorn rice sake salt soap spaghetti sushi tea tennis thread"
+    " wood yarn".split()
 )
 PROPER_NAMES = frozenset({"santa claus", "statue of liberty", "mount fuji", "tokyo tower"})
+
+# Other words for a subject, which training has now and then.
+ALIASES = {
+    "airplane": "plane",
+    "automobile": "car",
+    "baby chick": "chick",
+    "bicycle": "bike",
+    "birthday cake": "cake",
+    "closed book": "book",
+    "couch and lamp": "couch",
+    "crescent moon": "moon",
+    "delivery truck": "truck",
+    "doughnut": "donut",
+    "ear of corn": "corn",
+    "face screaming in fear": "screaming face",
+    "fire engine": "fire truck",
+    "flying saucer": "ufo",
+    "french fries": "fries",
+    "game die": "dice",
+    "gem stone": "diamond",
+    "hamburger": "burger",
+    "honeybee": "bee",
+    "hot beverage": "coffee",
+    "jack-o-lantern": "pumpkin",
+    "lady beetle": "ladybug",
+    "loudly crying face": "crying face",
+    "metro": "subway",
+    "military medal": "medal",
+    "mobile phone": "phone",
+    "motorcycle": "motorbike",
+    "mantelpiece clock": "clock",
+    "necktie": "tie",
+    "padlock": "lock",
+    "pile of poo": "poop",
+    "red apple": "apple",
+    "red heart": "heart",
+    "smiling face with sunglasses": "cool face",
+    "spiral shell": "shell",
+    "television": "tv",
+    "water wave": "wave",
+    "wrapped gift": "gift",
+}
 
 # How a sentence goes on after what is in the picture, and how it may begin. {ground} is "a blue
 # background", {thing} "a red apple", or "a cat to the left of a dog".
@@ -409,10 +452,16 @@ def make_caption(scene):
 COMMON_SHARE = 0.3  # of the captions in training
 NAMED_STYLE_SHARE = 0.25  # of those of the usual style say it
 UNNAMED_SHARE = 0.4  # of those on the usual background leave it out
+ALIAS_SHARE = 0.25  # of the subjects that have another name are called by it
 
 
 def draw_caption(rng, scene):
     """Draws a wording at random, as training has them."""
+    called = tuple(
+        ALIASES[name] if name in ALIASES and rng.random() < ALIAS_SHARE else name
+        for name in scene.subjects
+    )
+    scene = replace(scene, subjects=called)
     names_style = scene.style != STYLES[0] or rng.random() < NAMED_STYLE_SHARE
     unnamed = list_unnamed(scene, names_style)
     if unnamed and rng.random() < UNNAMED_SHARE:

@@ -36,6 +36,7 @@ import torch
 import torch_ops
 import vae as autoencoder
 from compositions import (
+    ALIASES,
     COLOURS,
     FILL,
     PLACES,
@@ -194,8 +195,9 @@ def encode_scenes(scenes, sprites, vae, path, batch_size=32):
 
 def list_words(names):
     """Returns every word of the training captions, sorted."""
+    called = [*names, *ALIASES.values()]
     scenes = [
-        Scene((name,), "white", style, size) for name in names for style in STYLES for size in FILL
+        Scene((name,), "white", style, size) for name in called for style in STYLES for size in FILL
     ]
     name = names[0]
     for colour in COLOURS:
