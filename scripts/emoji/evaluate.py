@@ -6,7 +6,7 @@
 Scenes are held out by compositions.py's rules; their references are drawn from the pictures, so no
 other model judges. A picture shows the right subject if, of all subjects in all styles, the right
 one is nearest to it: in mean squared error at 32x32 pixels, mirrored or not and moved as training
-moves it. Two subjects are both there if each is nearest in one of the places that they can have. It
+moves it. Two subjects are both there if they are the nearest in two opposite places. A picture
 has the right colour if the median of its border is nearest to the named one. Grain is the standard
 deviation of its outer 6 pixels, which are plain, in levels of 255. Edges are its gradient energy
 relative to the reference's.
@@ -50,6 +50,7 @@ THUMBNAIL = 32  # side of the pictures that are compared
 BOX = 2 * STEP  # pixels: where one of two subjects is
 BATCH = 32  # pictures drawn at once
 OLD_FILL = 112  # pixels of a subject's longer side in the first checkpoint
+AXES = (("left", "right"), ("top", "bottom"))  # places that two subjects have together
 CHUNK = 2080  # references compared at once
 
 
@@ -248,8 +249,9 @@ class Judge:
                     found[number][place] = look
         result = defaultdict(list)
         for picture, scene, looks in zip(pictures, scenes, found, strict=True):
-            names = {look.name for look in looks.values()}
-            result["both"].append(set(scene.subjects) <= names)
+            result["both"].append(
+                any({looks[place].name for place in axis} == set(scene.subjects) for axis in AXES)
+            )
             here = [looks[place] for place in RELATIONS[scene.relation]]
             result["relation"].append(tuple(look.name for look in here) == scene.subjects)
             result["style"].append(all(look.style == scene.style for look in here))
