@@ -92,8 +92,7 @@ def _spread(x, channels):
     return x[:, :, None].expand(batch, groups, channels // groups).reshape(batch, channels)
 
 
-norm_silu = torch.compile(_norm_silu, dynamic=False)
-norm_silu_gradient = torch.compile(_norm_silu_gradient, dynamic=False)
+compiled = {}  # the two functions, see `install`
 
 
 class NormSilu(torch.autograd.Function):
@@ -102,7 +101,7 @@ class NormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, groups, epsilon):
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        y, *saved = norm_silu(flat, gamma, beta, groups, epsilon)
+        y, *saved = compiled["forward"](flat, gamma, beta, groups, epsilon)
         ctx.save_for_backward(flat, *saved, gamma)
         ctx.groups = groups
         return y.view(x.shape)
@@ -110,7 +109,7 @@ class NormSilu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         flat, *_ = ctx.saved_tensors
-        by_x, by_gamma, by_beta = norm_silu_gradient(
+        by_x, by_gamma, by_beta = compiled["backward"](
             grad.reshape(flat.shape), *ctx.saved_tensors, ctx.groups
         )
         return by_x.view(grad.shape), by_gamma, by_beta, None, None
@@ -173,6 +172,8 @@ def prepare_thread():
 def install():
     """Replaces the operations."""
     prepare_thread()
+    compiled["forward"] = torch.compile(_norm_silu, dynamic=False)
+    compiled["backward"] = torch.compile(_norm_silu_gradient, dynamic=False)
     slow = attention_block.attention
 
     def either(query, *args, **kwargs):
