@@ -7,8 +7,10 @@ Stage by stage: the VAE learns to compress pictures; its latents of the training
 written to a file; the text encoder learns what captions look like; it and the UNet learn to remove
 noise. Everything lies in --work. A stage that is finished is not begun again, and one that was
 stopped, by SIGTERM or Control-C, goes on where it was when the same command is given again. To
-begin a stage anew, remove its folder. --out is a folder in diffusers' layout, with two lists beside
-model_index.json: subjects.txt (what it draws) and words.txt (what it was told).
+begin a stage anew, remove its folder.
+
+--out is a folder in diffusers' layout, with two lists beside model_index.json: subjects.txt (what
+it draws) and words.txt (what it was told). --export writes it before all is done.
 
 Needs PyTorch, which trains these models faster on a CPU than TensorFlow and JAX do.
 """
@@ -27,6 +29,7 @@ import re
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -53,9 +56,11 @@ from compositions import (
 )
 from pictures import load_pictures
 from training import THREADS, Stopped, Training, fall, save_grid, to_float
+from vae import VAE
 
-from stable_diffusion import NoiseScheduler, SimpleTokenizer, StableDiffusion
+from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
 from stable_diffusion.__main__ import split_words
+from stable_diffusion.checkpoints import open_checkpoint
 from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers
 from stable_diffusion.checkpoints.presets import original
@@ -282,7 +287,7 @@ def encode_text(pipeline, tokens):
     return pipeline.text_encoder({"tokens": tokens, "positions": positions}, training=True)
 
 
-def train_text(examples, pipeline, folder):
+def train_text(examples, pipeline, folder, export=False):
     """Teaches the text encoder to tell what a caption looks like, before the UNet listens to it.
 
     A linear layer, dropped afterwards, predicts the latent from the mean of the context after the
@@ -308,10 +313,10 @@ def train_text(examples, pipeline, folder):
         folder, variables, compute_loss,
         lambda step: fall(step, TEXT_STEPS, TEXT_WARMUP, TEXT_RATE),
     )  # fmt: skip
-    training.run(TEXT_STEPS)
+    training.run(0 if export else TEXT_STEPS)
 
 
-def train_diffusion(examples, pipeline, folder):
+def train_diffusion(examples, pipeline, folder, export=False):
     """Trains text encoder and UNet jointly; leaves the average of their parameters in them."""
     alphas = torch.from_numpy(SCHEDULE.alphas_cumprod.astype("float32"))
 
@@ -346,14 +351,14 @@ def train_diffusion(examples, pipeline, folder):
         weight_decay=WEIGHT_DECAY, average=AVERAGE,
     )  # fmt: skip
     print(f"UNet: {pipeline.diffusion_model.count_params():,} parameters", flush=True)
-    training.run(STEPS, show, SHOW_STEPS)
+    training.run(0 if export else STEPS, show, SHOW_STEPS)
     training.swap()
 
 
 # --- All of it. ----------------------------------------------------------------------------------
 
 
-def build_pipeline(names, words, vae, factor, folder):
+def build_pipeline(words, vae, factor, folder):
     """Returns a pipeline of the VAE and of an untrained text encoder and UNet."""
     tokenizer = write_vocabulary(words, folder / "merges.txt")
     config = original(
@@ -373,6 +378,41 @@ def build_pipeline(names, words, vae, factor, folder):
     return pipeline
 
 
+def load_vae(folder):
+    """Reads the VAE of a checkpoint.
+
+    Raises:
+        ValueError: there is none, or one of other sizes.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = replace(checkpoint.config.vae, scaling_factor=1.0)
+    if config != autoencoder.CONFIG:
+        raise ValueError(f"{folder}: its VAE is {config}, not {autoencoder.CONFIG}")
+    vae = VAE()
+    image_encoder = checkpoint.build("image_encoder", ImageEncoder)
+    decoder = checkpoint.build("decoder", partial(Decoder, SIZE, SIZE))
+    vae.image_encoder.set_weights(image_encoder.get_weights())
+    vae.decoder.set_weights(decoder.get_weights())
+    return vae
+
+
+def get_vae(args, sprites):
+    """Returns the VAE of --init, or the one that is trained here."""
+    if args.init:
+        return load_vae(args.init)
+    vae = VAE()
+    autoencoder.train_vae(vae, sprites, args.work / "vae", export=args.export)
+    config = original(Config(unet=UNET, vae=vae.config, size=SIZE))
+    parts = {"image_encoder": vae.image_encoder, "decoder": vae.decoder}
+    save_diffusers(args.work / "vae" / "checkpoint", config, parts)
+    return vae
+
+
+def has_unet(folder):
+    """Tells whether a checkpoint is more than a VAE."""
+    return folder is not None and (folder / "unet" / "config.json").is_file()
+
+
 def save(pipeline, names, words, out):
     """Writes the checkpoint in float16."""
     parts = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
@@ -386,18 +426,22 @@ def save(pipeline, names, words, out):
 def train(args):
     """Trains what isn't trained yet, and writes the checkpoint."""
     sprites = Sprites(load_pictures(args.pictures))
-    names = sprites.names
-    vae = autoencoder.train_vae(sprites, args.work / "vae")
-    words, scenes = list_words(names), list_scenes(names)
+    vae = get_vae(args, sprites)
+    words, scenes = list_words(sprites.names), list_scenes(sprites.names)
     latents = encode_scenes(scenes, sprites, vae, args.work / "latents.npy")
-    factor = float(1 / latents[::17].std(dtype="float64"))  # a sample of them is enough
-    pipeline = build_pipeline(names, words, vae, factor, args.work)
+    if has_unet(args.init):
+        pipeline = StableDiffusion(jit_compile=False, weights=str(args.init))
+    else:
+        factor = float(1 / latents[::17].std(dtype="float64"))  # a sample of them is enough
+        pipeline = build_pipeline(words, vae, factor, args.work)
+    factor = pipeline.config.vae.scaling_factor
     print(f"{len(words)} words of {len(pipeline.tokenizer.vocab)} pieces, factor {factor:.4f}")
     examples = Examples(scenes, latents, factor, pipeline.tokenizer)
-    train_text(examples, pipeline, args.work / "text")
-    train_diffusion(examples, pipeline, args.work / "diffusion")
+    if not has_unet(args.init):
+        train_text(examples, pipeline, args.work / "text", args.export)
+    train_diffusion(examples, pipeline, args.work / "diffusion", args.export)
     if args.out:
-        save(pipeline, names, words, args.out)
+        save(pipeline, sprites.names, words, args.out)
 
 
 def main(argv=None):
@@ -406,6 +450,15 @@ def main(argv=None):
     parser.add_argument("pictures", type=Path, help="what pictures.py wrote")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="a checkpoint to begin with: its VAE stays as it is; its text encoder and UNet, if it "
+        "has them, learn on",
+    )
+    parser.add_argument(
+        "--export", action="store_true", help="write --out as far as it is, without more training"
+    )
     args = parser.parse_args(argv)
     torch_ops.install()
     keras.config.set_dtype_policy("mixed_bfloat16")

@@ -112,13 +112,15 @@ class VAE:
         return np.concatenate(done)
 
 
-def train_vae(sprites, folder):
-    """Trains the VAE, or goes on with it.
+def train_vae(vae, sprites, folder, export=False):
+    """Trains a `VAE`, or goes on with it; leaves the average of its parameters in it.
 
-    Returns:
-        The `VAE`, with the average of its parameters.
+    Args:
+        vae: the `VAE`.
+        sprites: the `Sprites`.
+        folder: of the checkpoint, the log and the samples.
+        export: whether to leave it as far as it is.
     """
-    vae = VAE()
 
     def compute_loss(step, part):
         rng = np.random.default_rng((step, part))
@@ -153,9 +155,8 @@ def train_vae(sprites, folder):
 
     training = Training(folder, vae.variables(), compute_loss, rate)
     print(f"VAE: {vae.image_encoder.count_params() + vae.decoder.count_params():,} parameters")
-    training.run(STEPS, show, SHOW_STEPS)
+    training.run(0 if export else STEPS, show, SHOW_STEPS)
     training.swap()
-    return vae
 
 
 def edge_energy(picture):

@@ -185,6 +185,12 @@ assert (work / "out" / "subjects.txt").read_text().splitlines() == names
 words = (work / "out" / "words.txt").read_text().splitlines()
 assert {"apple", "flat", "3d", "above", "cyan"} <= set(words)
 assert len(pipeline.tokenizer.encode("owl")) == 3  # one piece, as with CLIP's whole vocabulary
+more = ["pictures.npz", "--work", str(work / "more"), "--init", str(work / "out")]
+assert train.main(more) == 0
+assert not (work / "more" / "vae").exists() and not (work / "more" / "text").exists()
+vae = ["pictures.npz", "--work", str(work / "again"), "--init", str(work / "vae" / "checkpoint")]
+assert train.main([*vae, "--export", "--out", str(work / "none")]) == 0
+assert train.main(["pictures.npz", "--work", str(work), "--init", str(work / "missing")]) == 2
 for part in ("vae", "text", "diffusion"):
     assert (work / part / "latest.pt").is_file()
 """
