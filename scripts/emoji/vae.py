@@ -25,9 +25,9 @@ CROP_STEPS, CROP_BATCH = 16000, 16
 WHOLE_STEPS, WHOLE_BATCH = 5000, 4
 STEPS = CROP_STEPS + WHOLE_STEPS
 RATE, WARMUP, STEADY = 1e-3, 200, 0.4  # the rate's peak, the steps up to it, its share of steps
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 3e-3
 SQUARE_WEIGHT, EDGE_WEIGHT = 5.0, 1.0  # beside the mean absolute error
-NOISE = 0.2  # most of the noise that a latent gets, relative to a standard deviation of 1
+NOISE = 0.15  # most of the noise that half of the latents get, in their standard deviations
 FREE_SHARE = 0.25  # of its pictures have subjects anywhere, not on the grid
 SHOW_STEPS = 1000
 
@@ -94,7 +94,8 @@ class VAE:
         mean, log_variance = self.encoder(pictures).float().chunk(2, -1)
         log_variance = log_variance.clamp(-30, 20)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        more = NOISE * torch.rand((len(mean), 1, 1, 1), generator=generator)
+        most = NOISE * mean.detach().std()
+        more = most * torch.rand((len(mean), 1, 1, 1), generator=generator)
         more = more * (torch.rand(more.shape, generator=generator) < 0.5)
         deviation = (log_variance.exp() + more.square()).sqrt()
         latent = mean + deviation * torch.randn(mean.shape, generator=generator)

@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "emoji"))
 
 import evaluate
-from compositions import COLOURS, FILL, SIZE, STYLES, Sprites, make_caption
+from compositions import COLOURS, FILL, SIZE, STYLES, Sprites, is_held_out, make_caption
 from pictures import read_subjects
 
 import draw_grid
@@ -158,6 +158,32 @@ def test_one_subject_twice_is_not_both(sprites, monkeypatch):
     assert result["both"] < 20  # by chance: there are few subjects here
 
 
+class Same:
+    """A model that returns what it gets."""
+
+    def predict_on_batch(self, x):
+        return x
+
+
+def test_the_vae_is_measured_on_references(sprites, monkeypatch):
+    judge = evaluation(sprites, ["plain", "pair"], 8, monkeypatch)
+    judge.pipeline.image_encoder = judge.pipeline.decoder = Same()
+    result = judge.measure_vae(8)
+    for style in STYLES:
+        assert result[style]["psnr"] > 90 and result[style]["edges"] == pytest.approx(1)
+
+
+def test_all_parts_and_the_samples(sprites, monkeypatch, tmp_path):
+    judge = evaluation(sprites, ["plain", "pair", "place"], 9, monkeypatch)
+    judge.pipeline.image_encoder = judge.pipeline.decoder = Same()
+    judge.options = {"num_steps": 7}
+    judge.draw_samples(tmp_path / "samples.png", 9)
+    assert Image.open(tmp_path / "samples.png").width == 8 * (SIZE + 8)
+    assert judge.pipeline.options == [{"num_steps": 7}]
+    result = evaluate.evaluate(judge, 0, 0, 0)
+    assert list(result) == ["vae"] and "VAE, PSNR" in evaluate.show_tables(result)
+
+
 def test_a_checkpoint_without_styles_is_asked_as_it_knows_it(sprites):
     scene = replace(evaluate.choose_scenes(NAMES, ["plain"], 1)[0], style="flat")
     old = evaluate.Evaluation(None, sprites, False, {})
@@ -170,7 +196,7 @@ def test_chosen_scenes_are_held_out_and_the_same_each_time():
     scenes = evaluate.choose_scenes(names, ["plain", "pair"], 20)
     assert scenes == evaluate.choose_scenes(names, ["plain", "pair"], 20)
     assert len(set(scenes)) == 20 and {scene.style for scene in scenes} == set(STYLES)
-    assert all(evaluate.draw_scene for _ in scenes)
+    assert all(is_held_out(scene) for scene in scenes)
 
 
 def test_tables_have_a_line_for_each_number():
