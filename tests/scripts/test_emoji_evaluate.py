@@ -178,7 +178,8 @@ def test_all_parts_and_the_samples(sprites, monkeypatch, tmp_path):
     judge.pipeline.image_encoder = judge.pipeline.decoder = Same()
     judge.options = {"num_steps": 7}
     judge.draw_samples(tmp_path / "samples.png", 9)
-    assert Image.open(tmp_path / "samples.png").width == 8 * (SIZE + 8)
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.width == 8 * (SIZE + 8)
     assert judge.pipeline.options == [{"num_steps": 7}]
     result = evaluate.evaluate(judge, 0, 0, 0)
     assert list(result) == ["vae"] and "VAE, PSNR" in evaluate.show_tables(result)
