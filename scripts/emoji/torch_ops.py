@@ -174,12 +174,12 @@ def install():
     prepare_thread()
     compiled["forward"] = torch.compile(_norm_silu, dynamic=False)
     compiled["backward"] = torch.compile(_norm_silu_gradient, dynamic=False)
-    slow = attention_block.attention
+    slow = attention_block.attend
 
     def either(query, *args, **kwargs):
         return (attention if _is_real(query) else slow)(query, *args, **kwargs)
 
-    attention_block.attention = either
+    attention_block.attend = either
     _replace(keras.layers.GroupNormalization, group_norm)
     _replace(keras.layers.LayerNormalization, layer_norm)
     _replace(PaddedConv2D, conv)

@@ -59,12 +59,12 @@ from training import THREADS, Stopped, Training, fall, save_grid, to_float
 from vae import VAE
 
 from stable_diffusion import Decoder, ImageEncoder, NoiseScheduler, SimpleTokenizer, StableDiffusion
-from stable_diffusion.__main__ import split_words
 from stable_diffusion.checkpoints import open_checkpoint
-from stable_diffusion.checkpoints.config import Config, TextConfig, UNetConfig
 from stable_diffusion.checkpoints.diffusers import save_diffusers
-from stable_diffusion.checkpoints.presets import original
-from stable_diffusion.clip_tokenizer import NUM_PAIRS, WEIGHTS_DIR
+from stable_diffusion.clip_tokenizer import NUM_PAIRS
+from stable_diffusion.command.generate import split_words
+from stable_diffusion.config import Config, TextConfig, UNetConfig, undo_departures
+from stable_diffusion.files import WEIGHTS_DIR
 from stable_diffusion.noise_scheduler import timestep_embedding
 
 LENGTH = 77  # tokens
@@ -154,7 +154,7 @@ def encode_scenes(scenes, sprites, vae, path, batch_size=32):
         ValueError: the file is of other pictures or another VAE.
         Stopped: a signal asked for it.
     """
-    cells = SIZE // UNET.latent_scale
+    cells = SIZE // UNET.cell_size
     shape = (len(scenes), cells, cells, UNET.in_channels)
 
     @torch.no_grad()
@@ -361,7 +361,7 @@ def train_diffusion(examples, pipeline, folder, export=False):
 def build_pipeline(words, vae, factor, folder):
     """Returns a pipeline of the VAE and of an untrained text encoder and UNet."""
     tokenizer = write_vocabulary(words, folder / "merges.txt")
-    config = original(
+    config = undo_departures(
         Config(
             text=replace(TEXT, vocab_size=len(tokenizer.vocab)),
             unet=UNET,
@@ -402,9 +402,9 @@ def get_vae(args, sprites):
         return load_vae(args.init)
     vae = VAE()
     autoencoder.train_vae(vae, sprites, args.work / "vae", export=args.export)
-    config = original(Config(unet=UNET, vae=vae.config, size=SIZE))
+    config = undo_departures(Config(unet=UNET, vae=vae.config, size=SIZE))
     parts = {"image_encoder": vae.image_encoder, "decoder": vae.decoder}
-    save_diffusers(args.work / "vae" / "checkpoint", config, parts)
+    save_diffusers(args.work / "vae" / "checkpoint", config, parts, dtype="float16")
     return vae
 
 
@@ -417,7 +417,7 @@ def save(pipeline, names, words, out):
     """Writes the checkpoint in float16."""
     parts = ("text_encoder", "diffusion_model", "decoder", "image_encoder")
     models = {part: getattr(pipeline, part) for part in parts}
-    save_diffusers(out, pipeline.config, models, pipeline.tokenizer)
+    save_diffusers(out, pipeline.config, models, pipeline.tokenizer, "float16")
     write_lines(out / "subjects.txt", names)
     write_lines(out / "words.txt", words)
     print(f"wrote {out}", flush=True)

@@ -8,7 +8,7 @@ from compositions import CELL, SIZE, draw_scene, draw_variation
 from training import THREADS, Training, fall, save_grid, to_float, to_uint8
 
 from stable_diffusion import Decoder, ImageEncoder
-from stable_diffusion.checkpoints.config import VAEConfig
+from stable_diffusion.config import VAEConfig
 
 CONFIG = VAEConfig(
     widths=(32, 64, 96, 112),

@@ -14,11 +14,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "emoji"))
 
+import draw_grid
 import evaluate
 from compositions import COLOURS, FILL, SIZE, STYLES, Sprites, is_held_out, make_caption
 from pictures import read_subjects
-
-import draw_grid
 
 NAMES = ["octopus", "balloon", "rocket", "tulip", "pizza", "frog", "whale", "crown"]
 

@@ -101,10 +101,10 @@ OPERATIONS = """
 import keras, numpy as np, torch
 from dataclasses import replace
 from stable_diffusion import Decoder, DiffusionModel, ImageEncoder, TextEncoder
-from stable_diffusion.checkpoints.presets import TINY, original
+from stable_diffusion.config import TINY, undo_departures
 import torch_ops
 
-config = original(TINY)
+config = undo_departures(TINY)
 rng = np.random.default_rng(0)
 options = {"download_weights": False}
 models = [
