@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="the training needs PyTorch")
+pytestmark = pytest.mark.torch
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "emoji"
 sys.path.insert(0, str(SCRIPTS))
 
