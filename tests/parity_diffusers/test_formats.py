@@ -201,7 +201,12 @@ def draw_ours(pipeline, start, extra=None):
     """Draws the same here; an inpainting model step by step."""
     if extra is None:
         return pipeline.text_to_image(
-            PROMPT, NEGATIVE, num_steps=STEPS, diffusion_noise=start, verbose=0
+            PROMPT,
+            NEGATIVE,
+            num_steps=STEPS,
+            unconditional_guidance_scale=GUIDANCE,
+            diffusion_noise=start,
+            verbose=0,
         )[0]
     schedule, latent = pipeline.config.schedule, start
     context = np.concatenate([pipeline.encode_text(NEGATIVE), pipeline.encode_text(PROMPT)])
