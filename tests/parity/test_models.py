@@ -15,7 +15,7 @@ from stable_diffusion import DiffusionModel
 from stable_diffusion.config import SD1, SD1_INPAINTING
 from stable_diffusion.noise_scheduler import timestep_embedding
 from stable_diffusion.parity import keras_cv as compare_keras_cv
-from stable_diffusion.training.data import denoising_loss, diffuse
+from stable_diffusion.training.data import denoising_loss, make_targets
 
 SIZE, TOLERANCE, GRADIENT_TOLERANCE = 64, 1e-5, 1e-4
 PARAMETERS = {
@@ -76,7 +76,7 @@ def test_gradients_of_all_parameters_of_the_unet_are_equal():
     *_, context = compare_keras_cv.make_inputs(ours, SIZE, rng)
     timesteps = rng.integers(0, 1000, len(context))
     x0, noise = rng.standard_normal((2, len(context), *ours.output_shape[1:]), dtype="float32")
-    latent, target = diffuse(SD1.schedule, x0, noise, timesteps)
+    latent, target = make_targets(SD1.schedule, x0, noise, timesteps)
     inputs = [latent, timestep_embedding(timesteps), context]
 
     def gradients(model):
