@@ -1,7 +1,8 @@
 """PyTorch's own operations in place of those that Keras composes, for training on a CPU.
 
-With bfloat16 and these, PyTorch trains these models about twice as fast as XLA does in float32.
-Importing this changes Keras' layers and the package's attention for the whole process.
+With these, and bfloat16 where the processor computes in it, PyTorch trains these models about twice
+as fast as XLA does in float32. Importing this changes Keras' layers and the package's attention for
+the whole process.
 """
 
 import keras

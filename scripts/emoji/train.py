@@ -444,6 +444,12 @@ def train(args):
         save(pipeline, sprites.names, words, args.out)
 
 
+def choose_policy():
+    """Returns Keras' dtype policy: bfloat16 only helps where the processor computes in it."""
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "mixed_bfloat16" if fast else "float32"
+
+
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -461,7 +467,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     torch_ops.install()
-    keras.config.set_dtype_policy("mixed_bfloat16")
+    keras.config.set_dtype_policy(choose_policy())
     keras.utils.set_random_seed(0)
     try:
         train(args)

@@ -21,8 +21,8 @@ CONFIG = VAEConfig(
 
 # It learns from crops first, which have no plain half, then from whole pictures.
 CROP = SIZE // 2
-CROP_STEPS, CROP_BATCH = 16000, 16
-WHOLE_STEPS, WHOLE_BATCH = 5000, 4
+CROP_STEPS, CROP_BATCH = 5000, 16
+WHOLE_STEPS, WHOLE_BATCH = 2000, 4
 STEPS = CROP_STEPS + WHOLE_STEPS
 RATE, WARMUP, STEADY = 1e-3, 200, 0.4  # the rate's peak, the steps up to it, its share of steps
 KL_WEIGHT = 3e-3

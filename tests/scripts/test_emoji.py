@@ -49,21 +49,25 @@ def test_a_red_apple_on_a_blue_background(model):
         assert border[BLUE] > 100 and border[BLUE] > border[RED] + 40
 
 
-def test_subject_and_background_follow_the_prompt(model):
+@pytest.fixture(scope="module")
+def pair(model):
     prompts = ["a lemon on a blue background", "a red apple on a green background"]
-    lemon, apple = model.text_to_image(prompts, num_steps=20, seed=[0, 0], verbose=0)
+    return model.text_to_image(prompts, num_steps=20, seed=[0, 0], verbose=0)
+
+
+def test_subject_and_background_follow_the_prompt(pair):
+    lemon, apple = pair
     (lemon, blue), (apple, green) = centre_and_border(lemon), centre_and_border(apple)
     assert min(lemon[RED], lemon[GREEN]) > lemon[BLUE] + 60
     assert apple[RED] > apple[GREEN] + 60
     assert blue.argmax() == BLUE and green.argmax() == GREEN
 
 
-def test_the_image_encoder_inverts_the_decoder(model):
-    """Encoding and decoding a drawn picture gives about the same picture."""
-    picture = model.text_to_image("a panda on a green background", num_steps=10, seed=0, verbose=0)
-    latent = model.image_encoder.predict_on_batch(picture / 127.5 - 1.0)
-    decoded = np.asarray(model.decoder.predict_on_batch(latent), "float32")
-    error = np.clip(decoded, -1, 1) - (picture / 127.5 - 1.0)
+def test_the_image_encoder_inverts_the_decoder(model, pair):
+    """Encoding and decoding drawn pictures gives about the same pictures."""
+    latents = model.image_encoder.predict_on_batch(pair / 127.5 - 1.0)
+    decoded = np.asarray(model.decoder.predict_on_batch(latents), "float32")
+    error = np.clip(decoded, -1, 1) - (pair / 127.5 - 1.0)
     assert 10 * np.log10(4 / np.mean(error**2)) > 20  # PSNR, dB
 
 
@@ -221,6 +225,7 @@ def test_the_vae_goes_on_where_it_was_killed(train, pictures, monkeypatch, tmp_p
     assert config == train.CONFIG.vae and decoder.output_shape == (None, 128, 128, 3)
 
 
+@pytest.mark.large
 def test_the_decoder_learns_alone(train, pictures, tmp_path):
     """Where a UNet knows the encoder's latents, and where the factor of a UNet is in the config."""
     config = replace(train.CONFIG, vae=replace(train.CONFIG.vae, scaling_factor=0.5))
@@ -242,6 +247,7 @@ def test_the_decoder_learns_alone(train, pictures, tmp_path):
     assert 0 < max(changes) < 0.01  # two steps from where it was, at the beginning of the warm-up
 
 
+@pytest.mark.large
 def test_what_fit_goes_on_from_are_not_the_averages(train, tmp_path):
     """In the checkpoint are the parameters, in the model that `fit` leaves are the averages."""
 
@@ -276,6 +282,7 @@ def test_what_fit_goes_on_from_are_not_the_averages(train, tmp_path):
     np.testing.assert_allclose(losses(tmp_path), resumed, rtol=1e-4)  # without any jump
 
 
+@pytest.mark.large
 def test_the_latents_of_a_killed_run_are_used(train, pictures, monkeypatch, tmp_path):
     encoder = ImageEncoder(download_weights=False, config=train.CONFIG.vae)
     scenes = train.list_scenes(NAMES)[:20]
