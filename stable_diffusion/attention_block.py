@@ -86,11 +86,14 @@ class Attention(Block):
 
     def __init__(self, width, heads, use_bias=False, causal=False, project=layers.Dense, **kwargs):
         super().__init__(**kwargs)
-        self.heads, self.causal = heads, causal
+        self.width, self.heads, self.causal = width, heads, causal
         self.to_q = project(width, use_bias=use_bias, name="to_q")
         self.to_k = project(width, use_bias=use_bias, name="to_k")
         self.to_v = project(width, use_bias=use_bias, name="to_v")
         self.to_out = project(width, name="to_out")
+
+    def compute_output_spec(self, inputs):  # `call` can't tell it where T, h or w are unknown
+        return KerasTensor((*inputs[0].shape[:-1], self.width), self.compute_dtype)
 
     def call(self, inputs):
         x, context = inputs
@@ -114,9 +117,6 @@ class AttentionBlock(Block):
         project = partial(PaddedConv2D, kernel_size=1)
         self.norm = layers.GroupNormalization(groups, epsilon=norm_epsilon, name="norm")
         self.attn = Attention(width, heads=1, use_bias=True, project=project, name="attn")
-
-    def compute_output_spec(self, inputs):  # `call` can't tell it where h and w are unknown
-        return KerasTensor(inputs.shape, self.compute_dtype)
 
     def call(self, inputs):
         x = self.norm(inputs)

@@ -22,11 +22,12 @@ class Block(layers.Layer):
         return KerasTensor(self.call(inputs).shape, self.compute_dtype)
 
 
-def cut_model(model, cut):
-    """Returns `cut(model)`, a tuple of models that share the model's parameters, made only once."""
-    if model not in _cut_models:
-        _cut_models[model] = cut(model)
-    return _cut_models[model]
+def cut_model(model, cut, *arguments):
+    """Returns `cut(model, *arguments)`: models that share its parameters, made only once."""
+    made, key = _cut_models.setdefault(model, {}), (cut, *arguments)
+    if key not in made:
+        made[key] = cut(model, *arguments)
+    return made[key]
 
 
 def forget_compiled(model):

@@ -21,13 +21,13 @@ Reference:
 """
 
 import gzip
-import html
+import heapq
 from itertools import islice
 from pathlib import Path
 
-import ftfy
 import regex
 
+from stable_diffusion.cleaning import clean_text
 from stable_diffusion.files import WEIGHTS_DIR
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -42,15 +42,17 @@ _BYTE_TO_ID = bytes((_VISIBLE + _HIDDEN).index(byte) for byte in range(256))
 
 # (?i) matters even in lower-case text: it makes "'ſ" an ending like "'s", as in the reference.
 _WORD = r"(?i)<\|(?:start|end)oftext\|>|'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_WORD_EDGE = r"(?!(?<=[\p{L}\p{M}\p{N}])(?=[\p{L}\p{M}\p{N}]))"  # not between two letters or digits
+MAX_TOKEN = 150  # characters: to search a prompt for a longer one may take cubic time
+MAX_WORDS = 20_000  # whose ids a tokenizer remembers
+MAX_REMEMBERED = 100  # characters of such a word
 
 
 class SimpleTokenizer:
     """Converts text to CLIP's token ids, and ids to text.
 
     Differs from KerasCV: text is first repaired with ftfy, because CLIP's training text was. And an
-    added token is found as it is written (see `add_tokens`), because KerasCV can miss one that has
-    an upper-case letter or stands next to a punctuation mark.
+    added token is found as in transformers (see `add_tokens`), because KerasCV can miss one that
+    has an upper-case letter or stands next to something else than a space.
 
     Args:
         bpe_path: path of a list of pairs: CLIP's gzipped one, or a shorter one as `merges.txt` is
@@ -73,6 +75,8 @@ class SimpleTokenizer:
         self.vocab = [chr(code) + ending for ending in ("", WORD_END) for code in _BYTES]
         try:
             opener = gzip.open if str(path).endswith(".gz") else open
+            if not Path(path).is_file():
+                raise OSError("no file")  # to open a pipe would wait for ever
             with opener(path, "rt", encoding="utf-8") as file:
                 _title, *lines = islice(file, 1 + NUM_PAIRS)
             self.vocab += [*("".join(line.split()) for line in lines), START, END]
@@ -83,16 +87,18 @@ class SimpleTokenizer:
         except Exception as error:  # a wrong file can fail at each of these steps
             raise ValueError(f"bpe_path {path} is not a list of BPE pairs") from error
         self.start_of_text, self.end_of_text = self.encoder[START], self.encoder[END]
-        self._cache = {START: [self.start_of_text], END: [self.end_of_text]}
+        self._forget_words()
+        self._longest = max(len(token.removesuffix(WORD_END)) for token in self.vocab)
         self.vectors = {}
         self.add_tokens([])
 
     def add_tokens(self, tokens: str | list[str]) -> int:
         """Gives each of `tokens` an id of its own, from 49408 on.
 
-        From then on `encode` finds each in a prompt as it is written here, in the same case, but
-        not inside a longer word: it finds "sks" in "(sks)" and not in "skset", and "<sks>" in
-        "a<sks>b". Of two tokens that start at the same place it takes the longer one.
+        From then on `encode` finds each in a prompt, in upper or lower case, also inside a longer
+        word and in text without spaces: it finds "sks" in "SKS!" and in "masks". So "<sks>" is a
+        better token. Of two tokens that start at the same place it takes the longer one, and of
+        "<cat>" and "<CAT>" the one that is written in the same case. Transformers does the same.
 
         Args:
             tokens: one token, or several. Those in the vocabulary already are skipped.
@@ -101,19 +107,25 @@ class SimpleTokenizer:
             How many were added.
 
         Raises:
-            ValueError: if one is not a string, is empty, or has white space at an end; then none is
-                added.
+            ValueError: if one is not a string, is empty, has white space at an end, or has more
+                than `MAX_TOKEN` characters, not counting an ending such as _12; then none is added.
         """
         tokens = tokens if isinstance(tokens, list | tuple | set) else [tokens]
         if bad := [t for t in tokens if not isinstance(t, str) or not t or t != t.strip()]:
-            raise ValueError(f"A token must be a str, not empty nor space-padded, not {bad[0]!r}")
+            raise ValueError(f"A token must be a str, not empty nor space-padded: {bad[0]!r:.200}")
+        if long := [t for t in tokens if len(regex.sub("_[0-9]{1,3}$", "", t)) > MAX_TOKEN]:
+            raise ValueError(
+                f"A token may have {MAX_TOKEN} characters, not {len(long[0])}: "
+                f"{long[0]!r:.{MAX_TOKEN}}"
+            )
         new = [token for token in dict.fromkeys(tokens) if token not in self.encoder]
         self.encoder |= {token: len(self.vocab) + n for n, token in enumerate(new)}
         self.vocab += new
-        # In reverse order a longer token comes before one that it begins with, so the longer one is
-        # found. Without added tokens the pattern matches nothing, and regex sees this at once.
-        added = sorted(map(regex.escape, self.vocab[self.end_of_text + 1 :]), reverse=True)
-        self._added = regex.compile(f"{_WORD_EDGE}({'|'.join(added) or '#(?!)'}){_WORD_EDGE}")
+        # The longest comes first, so it is found. Without added tokens the pattern matches nothing,
+        # and regex sees this at once.
+        added = sorted(self.vocab[self.end_of_text + 1 :], key=len, reverse=True)
+        self._patterns = {token: make_token_pattern(token) for token in added}
+        self._added = regex.compile(f"({'|'.join(self._patterns.values()) or '#(?!)'})")
         return len(new)
 
     def encode(self, text: str) -> list[int]:
@@ -123,20 +135,34 @@ class SimpleTokenizer:
             text: any string. Nothing is cut off: the result can be longer than CLIP's 77 ids.
 
         Raises:
-            ValueError: if `text` is not a string.
+            ValueError: if `text` is not a string, or has many HTML entities in one another.
         """
+        ids = [self.start_of_text]
+        for word, added in self._split(text):
+            ids += added or self._cache.get(word) or self._encode_word(word)
+        return [*ids, self.end_of_text]
+
+    def count_least(self, text: str) -> int:
+        """Returns how many ids `encode` gives at least, before any word is encoded.
+
+        No id stands for more bytes than the longest token has.
+        """
+        words = self._split(text)
+        return 2 + sum(len(ids) or -(-len(word.encode()) // self._longest) for word, ids in words)
+
+    def _split(self, text):
+        """Yields each word of a text and [], or the text of an added token and its ids."""
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
-        ids = [self.start_of_text]
-        for place, part in enumerate(self._added.split(text)):
+        parts = self._added.split(text)
+        for place, part in enumerate(parts):
             if place % 2:  # split() puts what the pattern's group has captured at the odd places
-                ids += self.vectors.get(part, [self.encoder[part]])
-                continue
-            # The reference also strips and collapses white space, which changes no word.
-            clean = html.unescape(html.unescape(ftfy.fix_text(part))).lower()
-            for word in regex.findall(_WORD, clean):
-                ids += self._cache.get(word) or self._encode_word(word)
-        return [*ids, self.end_of_text]
+                alike = (t for t in self._patterns if regex.fullmatch(self._patterns[t], part))
+                token = part if part in self._patterns else next(alike)
+                yield part, self.vectors.get(token, [self.encoder[token]])
+            else:
+                words = regex.findall(_WORD, clean_text(part, len(parts)))
+                yield from ((word, []) for word in words)
 
     def decode(self, token_ids: list[int]) -> str:
         """Returns the text of `token_ids`, with one space between words.
@@ -164,15 +190,47 @@ class SimpleTokenizer:
         return text.decode(errors="replace").strip(" ")
 
     def _encode_word(self, word: str) -> list[int]:
-        """Returns the ids of one word, by byte-pair encoding, and remembers them."""
-        pieces = word.encode().translate(_BYTE_TO_ID).decode("latin-1")
-        pieces = pieces[:-1] + chr(ord(pieces[-1]) + 256)  # the id of that byte at a word's end
-        while pairs := {pieces[n : n + 2] for n in range(len(pieces) - 1)} & self._joined.keys():
-            first_learned = min(pairs, key=self._joined.get)
-            pieces = pieces.replace(first_learned, self._joined[first_learned])
-        ids = [ord(piece) for piece in pieces]
-        self._cache[word] = ids
+        """Returns the ids of one word, by byte-pair encoding, and remembers them.
+
+        The pieces are a linked list, at the places of their first bytes. A heap has all pairs that
+        can be joined: the one that was learned first is on top, of equal ones the leftmost. Each
+        join makes at most two new pairs, so n bytes take n log n operations.
+        """
+        pieces = [*word.encode().translate(_BYTE_TO_ID).decode("latin-1"), ""]  # "" is the edge
+        pieces[-2] = chr(ord(pieces[-2]) + 256)  # the id of that byte at a word's end
+        before = [*range(-1, len(pieces) - 1)]
+        after = [*range(1, len(pieces)), 0]
+        heap = []
+
+        def push(place):
+            if joined := self._joined.get(pieces[place] + pieces[after[place]]):
+                heapq.heappush(heap, (joined, place))
+
+        for place in range(len(pieces)):
+            push(place)
+        while heap:
+            joined, place = heapq.heappop(heap)
+            gone = after[place]
+            if self._joined.get(pieces[place] + pieces[gone]) == joined:  # still neighbours
+                pieces[place], pieces[gone] = joined, ""
+                after[place] = after[gone]
+                before[after[gone]] = place
+                push(before[place])
+                push(place)
+        ids = [ord(piece) for piece in pieces if piece]
+        if len(word) <= MAX_REMEMBERED:
+            if len(self._cache) >= MAX_WORDS:
+                self._forget_words()
+            self._cache[word] = ids
         return ids
+
+    def _forget_words(self):
+        self._cache = {START: [self.start_of_text], END: [self.end_of_text]}
+
+
+def make_token_pattern(token: str) -> str:
+    """Returns a pattern that finds an added token in any case, with any white space inside it."""
+    return "(?i:" + r"\s+".join(map(regex.escape, token.split())) + ")"
 
 
 def expand_tokens(tokenizer: SimpleTokenizer):

@@ -17,25 +17,73 @@ each departure is one field, and `undo_departures` sets them all:
 """
 
 from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Literal
 
+from stable_diffusion.checks import check_fields
 from stable_diffusion.noise_scheduler import NoiseScheduler
+
+BOUNDS = {  # of the numbers below: the least and the largest, far above all that was published
+    "width": (1, 8192),
+    "widths": (1, 8192),
+    "hidden": (1, 65536),
+    "context_width": (1, 8192),
+    "depth": (1, 100),
+    "res_blocks": (1, 100),
+    "heads": (1, 1024),
+    "vocab_size": (1, 10_000_000),
+    "pad_token": (0, 10_000_000),
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "latent_channels": (1, 1024),
+    "groups": (1, 8192),
+    "guidance_width": (4, 8192),
+    "norm_epsilon": (1e-12, 0.1),
+    "cell_size": (1, 1024),
+    "scaling_factor": (1e-6, 1e6),
+    "size": (1, 65536),
+    "guidance_scale": (0, 1e6),
+}
+
+
+class Checked:
+    """A config whose numbers are checked before anything of their size is made.
+
+    Raises:
+        ValueError: a field of another type or outside its `BOUNDS`, or one that does not divide a
+            width.
+    """
+
+    def __post_init__(self):
+        check_fields(self, BOUNDS)
+
+    def check_divisor(self, field, *pairs):
+        """Raises a ValueError unless each divisor divides its width, in `(divisor, width)`."""
+        if wrong := [pair for pair in pairs if pair[1] % pair[0]]:
+            raise ValueError(
+                f"{field} must divide each width, but {wrong[0][0]} not {wrong[0][1]}."
+            )
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """The CLIP text encoder. Reference: Radford et al. 2021, https://arxiv.org/abs/2103.00020."""
 
     width: int = 768
     depth: int = 12
     heads: int = 12
     hidden: int = 3072
-    activation: str = "quick_gelu"  # or "gelu", "gelu_tanh"
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     vocab_size: int = 49408
     pad_token: int | None = None  # None is the end-of-text token
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_divisor("heads", (self.heads, self.width))
+
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Checked):
     """The diffusion model. Reference: Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
 
     `widths`, `heads` and `attention` have one entry for each stage, the finest first.
@@ -53,10 +101,22 @@ class UNetConfig:
     norm_epsilon: float = 1e-5
     approximate_gelu: bool = True
     cell_size: int = 8  # pixels a latent cell is wide, set by the VAE
+    middle: bool = True  # whether there is a middle between the ways down and up
+    guidance_width: int | None = None  # of an embedding of the guidance scale, if it sees one
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not len(self.widths) == len(self.heads) == len(self.attention):
+            raise ValueError(
+                f"widths, heads and attention must have an entry for each stage, not "
+                f"{len(self.widths)}, {len(self.heads)} and {len(self.attention)}."
+            )
+        self.check_divisor("heads", *zip(self.heads, self.widths, strict=True))
+        self.check_divisor("groups", *((self.groups, width) for width in self.widths))
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Checked):
     """The autoencoder. Reference: Esser et al. 2021, https://arxiv.org/abs/2012.09841."""
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -66,6 +126,10 @@ class VAEConfig:
     norm_epsilon: float = 1e-5
     scaling_factor: float = 0.18215  # brings the latents of SD's VAE to unit variance
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_divisor("groups", *((self.groups, width) for width in self.widths))
+
     @property
     def cell_size(self):
         """How many pixels wide a latent cell is: each stage but the last halves the image."""
@@ -73,11 +137,24 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class SamplerConfig(Checked):
+    """The sampler that a checkpoint names, in the words of its scheduler config.
+
+    `scheduler` is a class of diffusers, `algorithm` its algorithm_type. `spacing` is "karras", or
+    the class' own one where the config names none; None is the spacing of the noise schedule.
+    """
+
+    scheduler: str = "DDIMScheduler"
+    algorithm: str | None = None
+    spacing: str | None = None
+
+
+@dataclass(frozen=True)
+class Config(Checked):
     """A whole Stable Diffusion.
 
     `size` is the side in pixels of its training images, `guidance_scale` the default of the
-    pipeline's `unconditional_guidance_scale`.
+    pipeline's `unconditional_guidance_scale`, `sampler` what `sampler="auto"` means.
     """
 
     text: TextConfig = TextConfig()
@@ -88,6 +165,7 @@ class Config:
     )
     size: int = 512
     guidance_scale: float = 7.5  # KerasCV's default
+    sampler: SamplerConfig = SamplerConfig()
 
     def resolve_size(self, height=None, width=None):
         """Returns the height and width of an image: `size` for those that are None.
@@ -96,11 +174,11 @@ class Config:
             ValueError: a size that the UNet cannot halve at each stage but the last.
         """
         multiple = self.unet.cell_size * 2 ** (len(self.unet.widths) - 1)
-        height, width = height or self.size, width or self.size
-        for size in (height, width):
-            if not isinstance(size, int) or size < multiple or size % multiple:
+        sizes = [self.size if size is None else size for size in (height, width)]
+        for size in sizes:
+            if not isinstance(size, Integral) or size < multiple or size % multiple:
                 raise ValueError(f"Image sizes are multiples of {multiple} pixels, not {size!r}.")
-        return height, width
+        return tuple(map(int, sizes))
 
 
 COMPONENTS = {  # the four models of a pipeline, and the field of `Config` that each is built from

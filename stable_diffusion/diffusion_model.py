@@ -93,13 +93,14 @@ class DiffusionModel(Pretrained, keras.Model):
 
     Args:
         img_height, img_width: size of the image in pixels, multiples of 64.
-        max_text_length: T, number of tokens of the context.
+        max_text_length: T, number of tokens of the context; None for any number.
         name: name of the model.
         download_weights: whether to load the published parameters (CreativeML Open RAIL-M).
         config: a `UNetConfig`; None is the published one.
 
-    Inputs `latent` `(B, h, w, in_channels)`, `timestep_embedding` `(B, widths[0])` and `context`
-    `(B, T, context_width)`; output `(B, h, w, out_channels)`. All float.
+    Inputs `latent` `(B, h, w, in_channels)`, `timestep_embedding` `(B, widths[0])`, `context`
+    `(B, T, context_width)` and, where the config has a guidance_width, `guidance_embedding`
+    `(B, guidance_width)`; output `(B, h, w, out_channels)`. All float.
 
     Reference: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; the layers are in the order
     of KerasCV's class of the same name.
@@ -116,7 +117,10 @@ class DiffusionModel(Pretrained, keras.Model):
             context = keras.Input((max_text_length, c.context_width), name="context")
             time = keras.Input((c.widths[0],), name="timestep_embedding")
             latent = keras.Input((h, w, c.in_channels), name="latent")
-            super().__init__([latent, time, context], _unet(c, latent, time, context), name=name)
+            inputs = [latent, time, context]
+            if c.guidance_width:
+                inputs.append(keras.Input((c.guidance_width,), name="guidance_embedding"))
+            super().__init__(inputs, _unet(c, *inputs), name=name)
         self.finish(c, download_weights)
 
 
@@ -126,8 +130,11 @@ class DiffusionModelV2(DiffusionModel):
     default_config, published = SD2.unet, "diffusion_model_v2_1.h5"
 
 
-def _unet(c, latent, time, context):
+def _unet(c, latent, time, context, guidance=None):
     """Returns the output of the UNet: down through the stages, and up again."""
+    if guidance is not None:
+        project = layers.Dense(c.widths[0], use_bias=False, name="time_embedding_guidance")
+        time = layers.Add(name="time_embedding_add")([time, project(guidance)])
     time = layers.Dense(4 * c.widths[0], name="time_embedding_1")(time)
     time = layers.Activation("silu", name="time_embedding_act")(time)
     time = layers.Dense(4 * c.widths[0], name="time_embedding_2")(time)
@@ -146,9 +153,10 @@ def _unet(c, latent, time, context):
             x = PaddedConv2D(width, 3, padding=1, strides=2, name=f"down_{i}_downsample")(x)
             skips.append(x)
 
-    x = ResnetBlock(width, c.groups, conditioned=True, name="mid_res_0")([x, time])
-    x = SpatialTransformer(width, c.heads[last], c, name="mid_attn_0")([x, context])
-    x = ResnetBlock(width, c.groups, conditioned=True, name="mid_res_1")([x, time])
+    if c.middle:
+        x = ResnetBlock(width, c.groups, conditioned=True, name="mid_res_0")([x, time])
+        x = SpatialTransformer(width, c.heads[last], c, name="mid_attn_0")([x, context])
+        x = ResnetBlock(width, c.groups, conditioned=True, name="mid_res_1")([x, time])
 
     for i, width in enumerate(reversed(c.widths)):
         stage = last - i

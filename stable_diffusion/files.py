@@ -1,13 +1,58 @@
-"""Files and folders: finds files safely, and replaces a file or folder as a whole or not at all."""
+"""Finds files: those of the package, and those of a folder that somebody may be saving to.
 
-import os
-import shutil
-from contextlib import contextmanager
-from pathlib import Path
+`replacing` writes folders. While it moves new files into place, and after it was killed then, a
+record in the folder says which files are new and which are gone. Readers find files with
+`find_file` and `list_files`, which follow the record. They write nothing.
+"""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel has the folder inside the package; a checkout or editable install has it beside it.
 WEIGHTS_DIR = (_PACKAGE if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent) / "weights"
+HIDDEN = ".stable-diffusion-save"  # subfolder of a folder that is being saved
+STAGED = "new"  # its subfolder of new files
+RECORD = "commit.json"  # its file: the record
+MAX_RECORD = 1 << 20  # bytes; ours have less than 2000
+
+
+class Record(NamedTuple):
+    """The names of files that become valid or invalid together, relative to their folder.
+
+    Attributes:
+        moved: new files. They are in `STAGED`, or already in their place.
+        removed: old files that are no longer valid, or already gone.
+    """
+
+    moved: frozenset[str]
+    removed: frozenset[str]
+
+
+def read_record(folder) -> Record:
+    """Returns the record of a folder; without one, a record of no files.
+
+    Raises:
+        ValueError: the record is damaged, or it has a name that leads out of the folder.
+    """
+    path = Path(folder, HIDDEN, RECORD)
+    if not path.is_file():
+        return Record(frozenset(), frozenset())
+    try:
+        with path.open(encoding="utf-8") as file:
+            data = json.loads(file.read(MAX_RECORD))
+        lists = [data[field] for field in Record._fields]
+        if not all(isinstance(names, list) and all(map(_is_inside, names)) for names in lists):
+            raise ValueError("a name leads out of the folder")
+    except FileNotFoundError:  # the save has just ended
+        return Record(frozenset(), frozenset())
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no intact record of a save: {error!r:.200}. Remove {path.parent} if you "
+            f"don't know where it comes from."
+        ) from error
+    return Record(*map(frozenset, lists))
 
 
 def find_file(folder, name):
@@ -18,99 +63,54 @@ def find_file(folder, name):
     the cache of huggingface_hub consists of such links.
 
     Args:
-        folder: path of the folder.
+        folder: path of the folder. If it is a checkpoint, that of the whole checkpoint.
         name: path of the file, relative to the folder.
 
     Raises:
         ValueError: the name is empty or absolute, or it leads out of the folder, either by itself
-            or through a link.
+            or through a link; or the record of a killed save is damaged.
     """
     folder, name = Path(folder), str(name)
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{folder} has a name that leads out of it: {name!r}.")
-    path = folder / name
+    if not _is_inside(name):
+        raise ValueError(f"{folder} has a name that leads out of it: {name!r:.200}.")
+    record, plain = read_record(folder), PurePosixPath(name).as_posix()
+    if plain in record.removed:
+        return None
+    staged = folder / HIDDEN / STAGED / name
+    path = staged if plain in record.moved and staged.is_file() else folder / name
     if not path.is_file():
         return None
     homes = [folder.resolve()]
-    homes += [p.parent.parent / "blobs" for p in (homes[0], *homes[0].parents) if _is_snapshot(p)]
+    homes += [p.parent.parent / "blobs" for p in (homes[0], *homes[0].parents) if is_snapshot(p)]
     if not any(path.resolve().is_relative_to(home) for home in homes):
         raise ValueError(f"{path} is a link that leads out of {folder}, to {path.resolve()}.")
     return path
 
 
-def _is_snapshot(folder):
-    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
-
-
-@contextmanager
-def replace_file(path):
-    """Yields a temporary path to write to, and moves that file to `path` at the end.
-
-    After an error nothing is moved, and the temporary file is removed. So readers see the old file
-    or the whole new one.
+def list_files(folder, subfolder="") -> list[str]:
+    """Returns the names of the files in a folder or in one of its subfolders, sorted.
 
     Args:
-        path: path of a file, which may exist.
-    """
-    path = Path(path)
-    written = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield written
-        # Some libraries write files that only the owner can read.
-        os.chmod(written, 0o666 & ~_read_umask())
-        os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
-
-
-@contextmanager
-def replace_folder(folder, mark):
-    """Yields a temporary folder to write to, and moves it to `folder` at the end.
-
-    After an error nothing is moved, and the temporary folder is removed. If an older checkpoint is
-    replaced, the files beside its `mark` are kept (a README, a licence), unless the new checkpoint
-    has files of the same names. Subfolders of the older one are removed.
-
-    Args:
-        folder: path of a folder that does not exist, is empty, or contains `mark`.
-        mark: name of a file or subfolder that every checkpoint of this format has.
+        folder: see `find_file`.
+        subfolder: path of the subfolder, relative to the folder.
 
     Raises:
-        ValueError: the folder contains something else. It is not changed.
+        ValueError: the record of a killed save is damaged.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and not (
-        folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
-    ):
-        raise ValueError(
-            f"{folder} is no checkpoint of this format, and isn't replaced. Pass a path that "
-            f"doesn't exist, an empty folder, or a folder with {mark}."
-        )
-    written = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        written.mkdir(parents=True)
-        yield written
-        for path in written.rglob("*"):
-            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_read_umask())
-        if folder.exists():
-            for old in folder.iterdir():
-                if old.is_file() and not (written / old.name).exists():
-                    shutil.copy2(old, written)
-            folder.rename(replaced)
-        try:
-            written.rename(folder)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+    record, where = read_record(folder), Path(folder, subfolder)
+    there = [path.name for path in where.iterdir() if path.is_file()] if where.is_dir() else []
+    names = {PurePosixPath(subfolder, name) for name in there}
+    names |= {p for p in map(PurePosixPath, record.moved) if p.parent == PurePosixPath(subfolder)}
+    return sorted(path.name for path in names if path.as_posix() not in record.removed)
 
 
-def _read_umask():
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
+def _is_inside(name):
+    """Returns whether a name is a path that stays in its folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def is_snapshot(folder):
+    """Returns whether a folder is a snapshot in the cache of huggingface_hub."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -1,23 +1,46 @@
 """The noise schedule: how noise is added in training, and removed step by step with DDIM."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, get_args, get_origin
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-SPACINGS = {  # functions of (train_timesteps, n): n timesteps as floats, the least noisy first
+from stable_diffusion.checks import check_fields, check_int
+
+
+def space_karras(sigmas, n):
+    """Returns timesteps whose σ are spaced evenly after its 7th root, see `SPACINGS`.
+
+    Reference: Karras et al. 2022, https://arxiv.org/abs/2206.00364, equation 5 with ρ = 7, from the
+    schedule's last σ to its first.
+    """
+    roots = sigmas[[-1, 0]] ** (1 / 7)
+    spaced = (roots[0] + np.linspace(0, 1, n) * (roots[1] - roots[0])) ** 7
+    return np.interp(np.log(spaced), np.log(sigmas), np.arange(len(sigmas)))[::-1]
+
+
+SPACINGS = {  # functions of (σ of each timestep, n): n timesteps as floats, the least noisy first
     # Differs from KerasCV: a single step is the last timestep, because the first would leave the
     # noise as it is.
-    "linspace": lambda total, n: np.linspace(0, total - 1, n) if n > 1 else np.array([total - 1.0]),
-    "leading": lambda total, n: np.arange(n) * float(total // n),
-    "trailing": lambda total, n: np.arange(total, 0, -total / n)[:n][::-1],
+    "linspace": lambda sigmas, n: np.linspace(0 if n > 1 else len(sigmas) - 1, len(sigmas) - 1, n),
+    "leading": lambda sigmas, n: np.arange(n) * float(len(sigmas) // n),
+    "trailing": lambda sigmas, n: np.arange(len(sigmas), 0, -len(sigmas) / n)[:n][::-1].round(),
     # Song et al. 2021, https://arxiv.org/abs/2010.02502, appendix D.2, from the first timestep to
     # the last: proportional to the squares of 0, 1, 2 and so on.
-    "quadratic": lambda total, n: (total - 1) * np.linspace(1, 0, n)[::-1] ** 2,
+    "quadratic": lambda sigmas, n: (len(sigmas) - 1) * np.linspace(1, 0, n)[::-1] ** 2,
+    "karras": space_karras,
 }
+BOUNDS = {  # of the fields of `NoiseScheduler`: the least and the largest number
+    "train_timesteps": (1, 100_000),
+    "beta_start": (1e-9, 0.999),
+    "beta_end": (1e-9, 0.999),
+    "steps_offset": (0, 100_000),
+    "final_alpha": (1e-9, 1.0),
+}
+LEAST_ALPHA = 2.0**-24  # for 0 where its logarithm is needed, as in diffusers
 
 
 class NoiseLevel(NamedTuple):
@@ -95,7 +118,7 @@ def split_prediction(output, sample, alpha, prediction_type="epsilon"):
     return output, (sample - signal * output) / sigma
 
 
-def ddim(denoise, latent, levels, next_noise):
+def ddim(denoise, latent, levels, next_noise, eta=0.0):
     """Samples with DDIM: each step goes to the next noise level along the predicted noise.
 
     Args:
@@ -103,17 +126,25 @@ def ddim(denoise, latent, levels, next_noise):
             latent and the noise that the model predicts.
         latent: float array `(B, h, w, C)` at the first level.
         levels: list of `NoiseLevel`, the noisiest first. Sampling ends at the last one.
-        next_noise: function that returns more noise of the latent's shape. DDIM needs none.
+        next_noise: function that returns more noise of the latent's shape. DDIM needs none unless
+            eta is positive.
+        eta: how much of the noise is new, from 0 for none to 1 for as much as DDPM has.
 
     Yields:
         `(timestep, latent, x0)` after each step: the timestep where the step began, the latent
         where it ended, and the predicted clean latent. `send(latent)` replaces the latent.
 
-    Reference: Song et al. 2021, https://arxiv.org/abs/2010.02502, equation 12 with σ = 0.
+    Reference: Song et al. 2021, https://arxiv.org/abs/2010.02502, equation 12, with σ of equation
+    16.
     """
     for (timestep, alpha), (_, alpha_next) in zip(levels, levels[1:], strict=False):
         x0, noise = denoise(latent, alpha, timestep)
-        latent = diffuse(x0, noise, alpha_next)
+        if variance := eta**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next):
+            kept = max(1 - alpha_next - variance, 0.0)  # of the predicted noise's variance
+            noise = kept**0.5 * noise + variance**0.5 * next_noise()
+            latent = alpha_next**0.5 * x0 + noise
+        else:
+            latent = diffuse(x0, noise, alpha_next)
         sent = yield timestep, latent, x0
         latent = latent if sent is None else sent
 
@@ -127,16 +158,34 @@ class Sampler:
         extra_point: whether one timestep more is spaced, of which the least noisy is left out:
             solvers that end without noise take their last step from where there is some left.
         rounded: whether timesteps are ints; otherwise they are floats between the schedule's.
+        rounded_karras: whether timesteps are ints with the spacing "karras", too.
         final_alpha: alphas_cumprod where sampling ends; None is `NoiseScheduler.final_alpha`.
+        least_alpha: what alphas_cumprod of 0 is replaced by, for solvers that need its logarithm.
+        start: function of noise and alpha that returns the latent at the first level; None leaves
+            that to `sample`, which gets the noise.
+        grid: function like those in `SPACINGS`, which stands for all of them.
+        refused: keys of `SPACINGS` that it can't be used with.
+        options: the options of its own, all numbers: name, least and largest value of each; None
+            for those that `sample` has, of any kind.
+        combines: whether it combines what the model predicts, and so is told the prediction type.
+        scheduler: the class of diffusers that means it; with its algorithm_type, if several do.
     """
 
     sample: Callable
     extra_point: bool = False
     rounded: bool = True
+    rounded_karras: bool = False
     final_alpha: float | None = None
+    least_alpha: float = 0.0
+    start: Callable | None = lambda noise, alpha: noise
+    grid: Callable | None = None
+    refused: tuple[str, ...] = ()
+    options: tuple[tuple[str, float, float], ...] | None = None
+    combines: bool = False
+    scheduler: str | None = None
 
 
-DDIM = Sampler(ddim)
+DDIM = Sampler(ddim, options=(("eta", 0.0, 1.0),), scheduler="DDIMScheduler")
 
 
 @dataclass(unsafe_hash=True)
@@ -158,6 +207,8 @@ class NoiseScheduler:
             et al. 2024, https://arxiv.org/abs/2305.08891, table 2).
         steps_offset: added to "leading" timesteps.
         final_alpha: alphas_cumprod where sampling ends; None is alphas_cumprod[0].
+        zero_snr: whether betas are scaled so that nothing is left of the signal at the last
+            timestep (Lin et al. 2024, algorithm 1). A model of "epsilon" can't begin there.
 
     Attributes:
         betas, alphas, alphas_cumprod: float64 arrays `(train_timesteps,)`.
@@ -183,17 +234,23 @@ class NoiseScheduler:
     spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     steps_offset: int = 0
     final_alpha: float | None = 1.0
+    zero_snr: bool = False
 
     def __post_init__(self):
-        for field in fields(self):
-            known, value = get_args(field.type), getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in known:
-                raise ValueError(f"{field.name} must be one of {known}, not {value!r}.")
+        check_fields(self, BOUNDS)
+        if self.beta_start > self.beta_end or self.steps_offset >= self.train_timesteps:
+            raise ValueError("beta_end must be at least beta_start, steps_offset a timestep.")
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1
         ends = self.beta_start**power, self.beta_end**power
         self.betas = np.linspace(*ends, self.train_timesteps) ** (1 / power)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = np.cumprod(self.alphas)
+        if self.zero_snr:
+            signal = self.alphas_cumprod**0.5
+            signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+            self.alphas_cumprod = signal**2
+            self.alphas = self.alphas_cumprod / np.append(1.0, self.alphas_cumprod[:-1])
+            self.betas = 1.0 - self.alphas
 
     def __len__(self):
         return self.train_timesteps
@@ -211,21 +268,27 @@ class NoiseScheduler:
             List of num_steps + 1 `NoiseLevel`, the noisiest first; the last has no timestep.
 
         Raises:
-            ValueError: another number of steps, or an unknown spacing.
+            ValueError: another number of steps, a spacing that is unknown or that the sampler
+                refuses, or "epsilon" where alpha is 0.
         """
-        n, total, spacing = num_steps, self.train_timesteps, spacing or self.spacing
-        if spacing not in SPACINGS:
-            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}.")
+        total, spacing = self.train_timesteps, spacing or self.spacing
+        if spacing not in (known := [name for name in SPACINGS if name not in sampler.refused]):
+            where = " with this sampler" if sampler.refused else ""
+            raise ValueError(f"spacing must be one of {', '.join(known)}{where}, not {spacing!r}.")
         extra = int(sampler.extra_point and spacing in ("linspace", "leading"))
         offset = {"leading": self.steps_offset, "trailing": -1}.get(spacing, 0)
-        most = total - extra - max(offset, 0)
-        if not isinstance(n, int | np.integer) or not 1 <= n <= most:
-            raise ValueError(f"num_steps must be an int from 1 to {most}, not {n!r}.")
-        timesteps = SPACINGS[spacing](total, n + extra)[::-1][:n]
-        if sampler.rounded:  # `maximum` keeps quadratic ones apart, which are dense near zero
+        offset = 0 if sampler.grid else offset
+        n = check_int("num_steps", num_steps, 1, total - extra - max(offset, 0))
+        space, sigmas = sampler.grid or SPACINGS[spacing], np.exp(_log_sigma(self.alphas_cumprod))
+        timesteps = space(sigmas, n + extra)[::-1][:n]
+        if sampler.rounded and spacing != "karras":
+            # `maximum` keeps quadratic ones apart, which are dense near zero
             timesteps = np.maximum(timesteps.round(), np.arange(n)[::-1]).astype(int)
         timesteps = timesteps + offset
-        alphas = self._alphas_at(timesteps)
+        self._check_alphas(self.prediction_type, timesteps)
+        alphas = np.maximum(self._alphas_at(timesteps, spacing), sampler.least_alpha)
+        if sampler.rounded_karras:
+            timesteps = timesteps.round().astype(int)
         final = self.final_alpha if sampler.final_alpha is None else sampler.final_alpha
         final = float(self.alphas_cumprod[0] if final is None else final)
         levels = zip(timesteps.tolist(), alphas.tolist(), strict=True)
@@ -236,11 +299,19 @@ class NoiseScheduler:
         known = _log_sigma(self.alphas_cumprod)
         return float(np.interp(_log_sigma(alpha), known, np.arange(len(known))))
 
-    def _alphas_at(self, timesteps):
+    def _alphas_at(self, timesteps, spacing):
         if timesteps.dtype == int:
             return self.alphas_cumprod[timesteps]
-        known = _log_sigma(self.alphas_cumprod)  # between timesteps log σ is linear
-        return 1 / (1 + np.exp(2 * np.interp(timesteps, np.arange(len(known)), known)))
+        known, places = _log_sigma(self.alphas_cumprod), np.arange(len(self))
+        if spacing == "karras":  # which finds timesteps of σ as `find_timestep` does
+            return 1 / (1 + np.exp(2 * np.interp(timesteps, places, known)))
+        # Between timesteps σ is linear, as in diffusers.
+        return 1 / (1 + np.interp(timesteps, places, np.exp(known)) ** 2)
+
+    def _check_alphas(self, prediction_type, timesteps):
+        alphas = self.alphas_cumprod[np.round(timesteps, 6).astype(int)]
+        if prediction_type == "epsilon" and not alphas.all():
+            raise ValueError("A model that predicts epsilon can't begin where alpha is 0: no x0.")
 
     def add_noise(self, original_samples, noise, timesteps):
         """Adds noise to samples as `diffuse` does, to each the noise of its own timestep.
@@ -275,7 +346,7 @@ class NoiseScheduler:
             Tensor `(B, h, w, C)`.
 
         Raises:
-            ValueError: a timestep outside the schedule.
+            ValueError: a timestep outside the schedule, or "epsilon" where alpha is 0.
 
         Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equations 6 and 7; learned
         variances as by Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672, equation 15.
@@ -290,6 +361,7 @@ class NoiseScheduler:
         if kind.startswith("learned"):
             model_output, predicted = ops.split(model_output, 2, axis=-1)
         prediction_type = self.prediction_type if predict_epsilon else "sample"
+        self._check_alphas(prediction_type, timestep)
         x0, _ = split_prediction(model_output, sample, level, prediction_type)
         if self.clip_sample:
             x0 = ops.clip(x0, -1.0, 1.0)
@@ -316,4 +388,5 @@ class NoiseScheduler:
 
 def _log_sigma(alpha):
     """Returns log σ, where σ = √((1 - alpha) / alpha) is the noise beside a signal of weight 1."""
+    alpha = np.maximum(alpha, LEAST_ALPHA)
     return 0.5 * np.log((1 - alpha) / alpha)

@@ -24,6 +24,7 @@ from stable_diffusion.config import (
     undo_departures,
 )
 from stable_diffusion.files import WEIGHTS_DIR
+from stable_diffusion.noise_scheduler import NoiseScheduler
 from stable_diffusion.parity.keras_cv import randomize as randomize
 from stable_diffusion.parity.keras_cv import relative_error as relative_error
 
@@ -86,22 +87,39 @@ THREE_STAGES = replace(
     ),
 )
 CONFIGS = {
-    "v1": SMALL,
-    "v2": replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600)),
-    "v2_original": undo_departures(replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600))),
+    "v2": undo_departures(replace(TINY_V2, text=replace(TINY_V2.text, vocab_size=600))),
     "three_stages": THREE_STAGES,
 }
 
 
-def random_models(config):
-    """Returns the four components of a config, by name, with random parameters."""
+def random_models(config, parts=tuple(MAKE)):
+    """Returns components of a config, by name, with random parameters."""
     rng = np.random.default_rng(0)
     with uninitialized():
-        models = {part: make(config) for part, make in MAKE.items()}
+        models = {part: MAKE[part](config) for part in parts}
     for model in models.values():
         for variable in model.weights:
             variable.assign(rng.normal(size=variable.shape).astype("float32"))
     return models
+
+
+# Schedules as tests/data/make_sampler_golden.py has them
+
+BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
+SPACINGS = {"linspace": 0, "leading": 1, "trailing": 0}  # and their offset of timesteps
+
+
+def make_schedule(betas="scaled_linear", spacing="linspace", prediction="epsilon", **options):
+    start, end = BETAS[betas]
+    return NoiseScheduler(
+        beta_start=start,
+        beta_end=end,
+        beta_schedule=betas,
+        prediction_type=prediction,
+        spacing=spacing,
+        steps_offset=SPACINGS[spacing],
+        **options,
+    )
 
 
 def check_equal(actual, expected, cast=None):

@@ -8,13 +8,15 @@ choice, bfloat16 where the processor has it, is compared by itself.
 
 from importlib.util import find_spec
 
+import keras
 import numpy as np
 import pytest
 from helpers import DATA, run_python
 
 BACKENDS = ("tensorflow", "jax", "torch", "openvino")
 INSTALLED = [backend for backend in BACKENDS if find_spec(backend)]
-MARKED = [pytest.param(b, marks=[pytest.mark.torch] * (b == "torch")) for b in INSTALLED]
+MARKS = {"jax": [pytest.mark.large], "torch": [pytest.mark.torch]}  # TensorFlow is for every day
+MARKED = [pytest.param(backend, marks=MARKS.get(backend, [])) for backend in INSTALLED]
 LEVELS = 2
 needs_openvino = pytest.mark.skipif("openvino" not in INSTALLED, reason="openvino isn't installed")
 
@@ -74,9 +76,16 @@ np.savez(target, **images)
 """
 
 
-def run(backend, code, target):
-    """Runs a program on a backend; returns the arrays it writes."""
-    run_python(code, target, backend=backend)
+def run(backend, code, target, monkeypatch=None):
+    """Runs a program on a backend; returns the arrays it writes.
+
+    With `monkeypatch` it needs no other process for the backend of this one.
+    """
+    if monkeypatch and backend == keras.backend.backend():
+        monkeypatch.setattr("sys.argv", ["-c", str(target)])
+        exec(code, {})
+    else:
+        run_python(code, target, backend=backend)
     with np.load(target) as arrays:
         return dict(arrays)
 
@@ -94,9 +103,9 @@ def test_images_are_equal(backend, tmp_path):
 
 
 @needs_openvino
-def test_openvinos_own_precision(tmp_path):
+def test_openvinos_own_precision(tmp_path, monkeypatch):
     images = [
-        run(backend, GENERATE, tmp_path / f"{backend}.npz")["images"].astype("float64")
+        run(backend, GENERATE, tmp_path / f"{backend}.npz", monkeypatch)["images"].astype("float64")
         for backend in (INSTALLED[0], "openvino")
     ]
     error = np.mean((images[0] - images[1]) ** 2, axis=(1, 2, 3))
@@ -111,6 +120,7 @@ def test_openvino_in_bfloat16_is_refused(tmp_path):
         run("openvino", code, tmp_path / "none.npz")
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("backend", MARKED)
 def test_changed_parameters_count_at_once(backend, tmp_path):
     """Also where they were compiled in for the image before."""

@@ -7,10 +7,11 @@ tests/test_diffusers_golden.py, and the last test here, which needs diffusers.
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CONFIGS, MAKE, SMALL, check_equal, random_models, write_merges
+from helpers import CONFIGS, GOLDEN, MAKE, SMALL, check_equal, random_models, write_merges
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
@@ -19,8 +20,10 @@ from stable_diffusion import (
     StableDiffusion,
     TextEncoder,
 )
-from stable_diffusion.checkpoints.diffusers import DiffusersFolder, save_diffusers
-from stable_diffusion.config import TINY, TINY_V2, undo_departures
+from stable_diffusion.checkpoints import open_checkpoint
+from stable_diffusion.checkpoints.diffusers import DiffusersFolder, choose_file, save_diffusers
+from stable_diffusion.checkpoints.diffusers_config import read_config, read_config_files
+from stable_diffusion.config import TINY, TINY_V2, SamplerConfig, undo_departures
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +160,7 @@ def test_shards_and_fp16_names(folder, tiny):
         check_equal(model, tiny[part])
 
 
-@pytest.mark.parametrize("name", ["../model-2.safetensors", "/model-2.safetensors", "model.bin"])
+@pytest.mark.parametrize("name", ["../model-2.safetensors", "/model-2.safetensors", "model.txt"])
 def test_index_that_leaves_the_folder(folder, name):
     shard(folder / "text_encoder" / "model.safetensors", name)
     with pytest.raises(ValueError, match="which is no .safetensors file beside it"):
@@ -218,11 +221,87 @@ def test_truncated_file(folder, size):
         DiffusersFolder(folder).load("text_encoder", MAKE["text_encoder"](SMALL))
 
 
-def test_only_pickles(folder):
+def test_no_file_of_parameters(folder):
     path = folder / "text_encoder" / "model.safetensors"
-    path.rename(path.with_name("pytorch_model.bin"))
-    with pytest.raises(ValueError, match=r"no model\.safetensors in"):
+    path.rename(path.with_name("other.safetensors"))
+    with pytest.raises(ValueError, match=r"no model\.safetensors in .*text_encoder, nor"):
         DiffusersFolder(folder).load("text_encoder", MAKE["text_encoder"](SMALL))
+
+
+@pytest.mark.parametrize(
+    ("names", "variant", "expected"),
+    [
+        (["fp16.safetensors", "bin", "safetensors"], None, "safetensors"),
+        (["fp16.safetensors", "bin", "safetensors.index.json"], None, "safetensors.index.json"),
+        (["fp16.safetensors", "bin", "ema.safetensors"], None, "fp16.safetensors"),
+        (["safetensors.index.fp16.json", "bin"], None, "safetensors.index.fp16.json"),
+        (["fp16.bin", "bin"], None, "bin"),
+        (["bin.index.json"], None, "bin.index.json"),
+        (["fp16.bin", "non_ema.bin"], None, "fp16.bin"),
+        (["safetensors", "fp16.safetensors", "fp16.bin"], "fp16", "fp16.safetensors"),
+        (["safetensors", "non_ema.bin"], "non_ema", "non_ema.bin"),
+        (["safetensors", "non_ema.bin"], "ema", "safetensors"),
+        (["safetensors", "safetensors.index.ema.json"], "ema", "safetensors.index.ema.json"),
+        (["ema.safetensors", "ema-00001-of-00002.safetensors"], "ema", "ema.safetensors"),
+    ],
+)
+def test_which_file(names, variant, expected):
+    stem = "diffusion_pytorch_model."
+    names = [stem + name for name in names] + ["config.json", "model.safetensors"]
+    assert choose_file(Path("unet"), names, variant) == stem + expected
+
+
+def test_only_variants():
+    names = ["diffusion_pytorch_model.ema.safetensors", "diffusion_pytorch_model.non_ema.bin"]
+    with pytest.raises(ValueError, match="unet has only .*: pass variant='ema' or 'non_ema'"):
+        choose_file(Path("unet"), names)
+    with pytest.raises(ValueError, match="no model.safetensors in text_encoder"):
+        choose_file(Path("text_encoder"), names)
+
+
+def test_variant_of_one_component(folder, tiny):
+    """Components that have no such file are loaded as usual."""
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_name("diffusion_pytorch_model.ema.safetensors"))
+    unet.write_text("the plain one is not opened")
+    reader = open_checkpoint(folder, variant="ema")
+    for part in ("text_encoder", "diffusion_model"):
+        model = MAKE[part](SMALL)
+        reader.load(part, model)
+        check_equal(model, tiny[part])
+    with pytest.raises(ValueError, match=r"folder has \(ema\), not 'fp16'"):
+        StableDiffusion(weights=folder, variant="fp16")
+    with pytest.raises(ValueError, match="variant must be None, except for a folder in diffusers'"):
+        open_checkpoint("sd1.4", variant="fp16")
+
+
+@pytest.mark.torch
+def test_only_bin(folder, tiny):
+    torch = pytest.importorskip("torch", reason="PyTorch reads these files, and isn't installed")
+    shard(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for path in [*folder.rglob("*.safetensors")]:
+        tensors = {name: torch.from_numpy(value) for name, value in load_file(path).items()}
+        name = "pytorch_model" if path.stem == "model" else path.stem
+        torch.save(tensors, path.with_name(f"{name}.bin"))
+        path.unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    where = {name: file.replace("safetensors", "bin") for name, file in where.items()}
+    index.with_name("diffusion_pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": where})
+    )
+    index.unlink()
+    for part in MAKE:
+        model = MAKE[part](SMALL)
+        DiffusersFolder(folder).load(part, model)
+        check_equal(model, tiny[part])
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableUnCLIPImg2ImgPipeline"])
+def test_folders_of_other_families(name, folder):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=f"the folder has Stable .* \\({name}\\), not supported"):
+        DiffusersFolder(folder)
 
 
 def test_missing_part(folder):
@@ -256,6 +335,44 @@ def test_schedulers(folder, changes, expected):
     assert {name: getattr(schedule, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"_class_name": "DDIMScheduler"}, SamplerConfig()),
+        ({}, SamplerConfig()),
+        ({"_class_name": "PNDMScheduler"}, SamplerConfig("PNDMScheduler")),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+            SamplerConfig("EulerDiscreteScheduler"),
+        ),
+        (
+            {"_class_name": "EulerAncestralDiscreteScheduler"},
+            SamplerConfig("EulerAncestralDiscreteScheduler", spacing="linspace"),
+        ),
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "sde-dpmsolver++",
+                "use_karras_sigmas": True,
+                "timestep_spacing": "trailing",
+            },
+            SamplerConfig("DPMSolverMultistepScheduler", "sde-dpmsolver++", "karras"),
+        ),
+        ({"_class_name": "Best", "use_karras_sigmas": None}, SamplerConfig("Best")),
+    ],
+)
+def test_the_sampler_that_it_names_is_kept(folder, tmp_path, changes, expected):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"beta_start": 0.001, "beta_end": 0.01} | changes))
+    config = DiffusersFolder(folder).config
+    assert config.sampler == expected
+    save_diffusers(tmp_path / "again", config, {})
+    files = read_config_files(tmp_path / "again")
+    found = read_config("here", files)
+    assert (found.sampler, found.schedule) == (expected, config.schedule)
+    assert files["model_index.json"]["scheduler"] == ["diffusers", expected.scheduler]
+
+
 def test_activations_and_heads(folder):
     edit(folder / "text_encoder" / "config.json", hidden_act="gelu_new")
     edit(folder / "unet" / "config.json", attention_head_dim=8)
@@ -278,7 +395,7 @@ def test_activations_and_heads(folder):
         ("unet/config.json", "attention_head_dim", 5, "an int or a list of 2"),
         ("unet/config.json", "block_out_channels", [], "a list of positive ints"),
         ("unet/config.json", "block_out_channels", None, "a list of positive ints"),
-        ("unet/config.json", "cross_attention_dim", [32, 32], "a positive int"),
+        ("unet/config.json", "cross_attention_dim", [32, 64], "a positive int"),
         ("unet/config.json", "layers_per_block", True, "a positive int"),
         ("unet/config.json", "use_linear_projection", "yes", "of type bool"),
         ("unet/config.json", "sample_size", [8, 8], "a positive int"),
@@ -297,8 +414,12 @@ def test_activations_and_heads(folder):
             "'scaled_linear'",
         ),
         ("scheduler/scheduler_config.json", "prediction_type", "flow", "'v_prediction'"),
-        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True, "False"),
+        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", 1, "of type bool"),
         ("scheduler/scheduler_config.json", "set_alpha_to_one", 1, "true or false"),
+        ("scheduler/scheduler_config.json", "_class_name", ["DDIMScheduler"], "of type str"),
+        ("scheduler/scheduler_config.json", "_class_name", "DDIM\udcff", "a name"),
+        ("scheduler/scheduler_config.json", "algorithm_type", 2, "of type str"),
+        ("scheduler/scheduler_config.json", "use_karras_sigmas", 1, "true or false"),
         ("tokenizer/tokenizer_config.json", "pad_token", "#", "one of '<|endoftext|>', '!'"),
     ],
 )
@@ -309,6 +430,135 @@ def test_unsupported_configs(folder, file, key, value, supported):
     message = str(error.value)
     assert str(folder / file) in message
     assert f"{key} must be " in message and supported in message and repr(value) in message
+
+
+def test_the_text_encoders_width_is_the_unets(folder):
+    unet, text = folder / "unet" / "config.json", folder / "text_encoder" / "config.json"
+    edit(unet, cross_attention_dim=48)
+    with pytest.raises(ValueError) as error:
+        StableDiffusion(weights=folder)
+    expected = f"{unet}: cross_attention_dim must be 32, which is hidden_size in {text}, not 48."
+    assert str(error.value) == expected
+    text.unlink()  # a UNet alone
+    assert DiffusersFolder(folder).config.unet.context_width == 48
+
+
+NAN, INF, HUGE = float("nan"), float("inf"), 10**9
+UNET, VAE = "unet/config.json", "vae/config.json"
+TEXT, SCHEDULER = "text_encoder/config.json", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        (TEXT, "hidden_size", 0),
+        (TEXT, "hidden_size", -16),
+        (TEXT, "hidden_size", "16"),
+        (TEXT, "num_hidden_layers", HUGE),
+        (TEXT, "num_hidden_layers", 2.0),
+        (TEXT, "num_attention_heads", 3),
+        (TEXT, "num_attention_heads", 0),
+        (TEXT, "intermediate_size", True),
+        (TEXT, "vocab_size", HUGE),
+        (TEXT, "hidden_act", None),
+        (TEXT, "hidden_act", ["gelu"]),
+        (TEXT, "layer_norm_eps", NAN),
+        (UNET, "block_out_channels", [8] * 1000),
+        (UNET, "block_out_channels", [8, HUGE]),
+        (UNET, "block_out_channels", [8, NAN]),
+        (UNET, "block_out_channels", [8, -8]),
+        (UNET, "block_out_channels", "88"),
+        (UNET, "attention_head_dim", [2, 0]),
+        (UNET, "attention_head_dim", 3),
+        (UNET, "attention_head_dim", 0),
+        (UNET, "attention_head_dim", True),
+        (UNET, "attention_head_dim", INF),
+        (UNET, "norm_num_groups", 3),
+        (UNET, "norm_num_groups", 0),
+        (UNET, "norm_epsilon", NAN),
+        (UNET, "norm_epsilon", -1e-6),
+        (UNET, "in_channels", HUGE),
+        (UNET, "in_channels", 4.0),
+        (UNET, "out_channels", 0),
+        (UNET, "cross_attention_dim", -16),
+        (UNET, "layers_per_block", 10_000),
+        (UNET, "sample_size", HUGE),
+        (UNET, "sample_size", 0),
+        (UNET, "sample_size", False),
+        (UNET, "sample_size", NAN),
+        (UNET, "down_block_types", [["DownBlock2D"], 1]),
+        (UNET, "mid_block_type", []),
+        (VAE, "block_out_channels", [8] * 64),
+        (VAE, "block_out_channels", []),
+        (VAE, "norm_num_groups", 3),
+        (VAE, "latent_channels", 0),
+        (VAE, "latent_channels", "4"),
+        (VAE, "layers_per_block", -1),
+        (VAE, "scaling_factor", 0),
+        (VAE, "scaling_factor", 0.0),
+        (VAE, "scaling_factor", -0.18),
+        (VAE, "scaling_factor", NAN),
+        (VAE, "scaling_factor", INF),
+        (VAE, "scaling_factor", True),
+        (SCHEDULER, "num_train_timesteps", HUGE),
+        (SCHEDULER, "num_train_timesteps", 0),
+        (SCHEDULER, "num_train_timesteps", 1e3),
+        (SCHEDULER, "beta_start", NAN),
+        (SCHEDULER, "beta_start", -0.001),
+        (SCHEDULER, "beta_start", 0),
+        (SCHEDULER, "beta_end", 0.0001),  # below beta_start
+        (SCHEDULER, "beta_end", INF),
+        (SCHEDULER, "beta_end", 1.0),
+        (SCHEDULER, "beta_end", "0.012"),
+        (SCHEDULER, "steps_offset", -1),
+        (SCHEDULER, "steps_offset", 1000),
+        (SCHEDULER, "prediction_type", None),
+        (SCHEDULER, "timestep_spacing", ["leading"]),
+        (SCHEDULER, "trained_betas", [0.1, NAN]),
+        ("model_index.json", "_guidance_scale", NAN),
+        ("model_index.json", "_guidance_scale", -1),
+        ("model_index.json", "_guidance_scale", "7.5"),
+    ],
+)
+def test_values_that_no_model_can_have(file, key, value):
+    files = read_config_files(GOLDEN / "v1")
+    files[file] = files.get(file, {}) | {key: value}
+    with pytest.raises(ValueError) as error:
+        read_config("here", files)
+    message = str(error.value)
+    assert message.startswith(f"here/{file}: ") and key in message and len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "key, single",
+    [
+        ("cross_attention_dim", 16),
+        ("layers_per_block", 1),
+        ("only_cross_attention", False),
+        ("transformer_layers_per_block", 1),
+        ("attention_head_dim", 2),
+    ],
+)
+def test_lists_of_one_value_for_all_stages(key, single):
+    files = read_config_files(GOLDEN / "v1")
+
+    def read(value):
+        return read_config("here", files | {UNET: files[UNET] | {key: value}})
+
+    assert read([single, single]) == read(single)
+    wrong = [[single] * 3, []]
+    wrong += [] if key == "attention_head_dim" else [[single, 2]]
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"unet/config.json: {key} must be "):
+            read(value)
+
+
+@pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0), ("linspace", 0)])
+def test_leading_timesteps_have_an_offset(spacing, offset):
+    files = read_config_files(GOLDEN / "v1")
+    files[SCHEDULER] |= {"steps_offset": 0, "timestep_spacing": spacing}
+    schedule = read_config("here", files).schedule
+    assert (schedule.spacing, schedule.steps_offset) == (spacing, offset)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
@@ -356,7 +606,12 @@ def test_tokenizer_in_one_file(folder, tokenizer, joined):
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"model": 1}, {"model": {"vocab": {}, "merges": [["a"]]}, "added_tokens": []}],
+    [
+        {},
+        {"model": 1},
+        {"model": {"vocab": {}, "merges": [["a"]]}, "added_tokens": []},
+        {"model": {"vocab": {}, "merges": [["a", "\ud800"]]}, "added_tokens": []},
+    ],
 )
 def test_damaged_tokenizer_in_one_file(folder, data):
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(data))
@@ -382,7 +637,7 @@ def test_replacing_a_checkpoint_keeps_the_files_beside_it(folder, tiny, tokenize
     save_diffusers(folder, SMALL, {"text_encoder": tiny["text_encoder"]}, tokenizer)
     assert (folder / "README.md").read_text() == "mine"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer"}
+    assert names >= {"README.md", "safety_checker", "model_index.json", "unet", "vae"}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -411,7 +666,7 @@ def test_arguments_of_save(tiny, tokenizer, tmp_path):
         with pytest.raises(ValueError, match=f"{field} must be one of|{field} must be None or 1.0"):
             save_diffusers(tmp_path / "new", config, text, tokenizer)
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is no checkpoint of this format"):
+    with pytest.raises(ValueError, match="no checkpoint in diffusers. layout: it has letter.txt"):
         save_diffusers(tmp_path, SMALL, text, tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
@@ -452,3 +707,18 @@ def test_diffusers_draws_the_same_picture(name, tmp_path):
     drawn = (drawn * 255).round().astype("uint8")
     assert drawn.std() > 30
     assert np.abs(picture.astype(int) - drawn).max() <= 2
+
+
+def test_what_is_written_names_diffusers_version_and_is_always_the_same(tmp_path):
+    """Some pipelines of diffusers refuse an index without a version."""
+    model = StableDiffusion(weights=None, config=TINY, jit_compile=False)
+    for name in ("a", "b"):
+        model.save(tmp_path / name)
+        model.save(tmp_path / f"{name}.safetensors", "original")
+    index = json.loads((tmp_path / "a" / "model_index.json").read_text())
+    assert tuple(map(int, index["_diffusers_version"].split("."))) >= (0, 27, 0)
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in [*files, tmp_path / "a.safetensors"]:
+        other = tmp_path / path.relative_to(tmp_path).as_posix().replace("a", "b", 1)
+        assert path.read_bytes() == other.read_bytes(), path

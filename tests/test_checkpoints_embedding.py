@@ -4,6 +4,8 @@ The reference is scripts/make_lora_golden.py's: the tiny text encoder with three
 float32 unless said; errors are relative to the largest value of the reference.
 """
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from keras import ops
 from safetensors.numpy import save_file
 
 from stable_diffusion import SimpleTokenizer, StableDiffusion
-from stable_diffusion.adapters.embedding import load_embedding
+from stable_diffusion.adapters.embedding import _warn_of_words, load_embedding
 from stable_diffusion.adapters.lora import load_lora, unload_lora
 from stable_diffusion.clip_tokenizer import expand_tokens
 
@@ -119,6 +121,16 @@ def test_several(model, tmp_path):
     np.testing.assert_array_equal(table[1000:], np.concatenate([one, two, two]))
 
 
+def test_a_token_that_is_in_words_gives_one_warning(recwarn):
+    for token in ("SKS", "<sks>", "猫咪", "EasyNegative"):
+        _warn_of_words(SimpleTokenizer(), token)
+    (warning,) = recwarn
+    message = (
+        "The token 'SKS' is also found in words (sks, asks, risks, ...); '<SKS>' would not be."
+    )
+    assert str(warning.message) == message
+
+
 def test_a_table_that_is_larger_than_the_vocabulary(merges, tmp_path):
     model = StableDiffusion(weights=GOLDEN / "v1", jit_compile=False)
     lines = merges.read_text().splitlines()[:-5]
@@ -202,7 +214,7 @@ def test_saved_and_loaded_again(model, tmp_path):
         ({"<a>": vectors() * np.nan}, "values that are not finite in float32"),
         ({"<a>": vectors().astype("float64") * 1e300}, "values that are not finite in float32"),
         ({"in": vectors()}, "has 'in' already"),
-        ({" a": vectors()}, "token must be a str .* without spaces around it, not ' a'"),
+        ({" a": vectors()}, "token must be a str .* without spaces around it, .*not ' a'"),
     ],
 )
 def test_files_that_do_not_fit(tensors, message, model, tmp_path):
@@ -249,7 +261,47 @@ def test_other_classes(model):
 @pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt"])
 def test_pickles_are_not_opened(name, model, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refused(model, tmp_path / name, r"is a pickle.* Convert it to \.safetensors")
+    refused(model, tmp_path / name, r"nor one of PyTorch: it is a text: cos system")
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch reads these files, and isn't installed")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["dict", "parameters", "emb_params"])
+@pytest.mark.parametrize("inner", [None, "bad-hands", "other"])
+def test_files_of_the_web_interface(kind, inner, torch, model, tmp_path):
+    """The word is the name of the file; one line says if the file has another name inside."""
+    tensor = torch.from_numpy(vectors(3))
+    data = {"string_to_token": {"*": 265}, "name": inner, "step": 1}
+    if kind == "emb_params":
+        data = {"emb_params": tensor} | ({"name": inner} if inner else {})
+    elif kind == "dict":
+        data["string_to_param"] = {"*": tensor}
+    else:
+        data["string_to_param"] = torch.nn.ParameterDict({"*": torch.nn.Parameter(tensor)})
+    torch.save(data, tmp_path / "bad-hands.pt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert load_embedding(model, tmp_path / "bad-hands.pt") == [ROWS, ROWS + 1, ROWS + 2]
+    said = [str(w.message) for w in caught if "calls itself 'other'" in str(w.message)]
+    assert len(said) == (inner == "other")
+    ids = model.tokenizer.encode("a bad-hands")
+    assert [n for n in ids if n >= ROWS] == [ROWS, ROWS + 1, ROWS + 2]
+    np.testing.assert_array_equal(numpy(model.text_encoder.weights[0])[ROWS:], vectors(3))
+
+
+@pytest.mark.torch
+def test_files_of_diffusers(torch, model, tmp_path):
+    """The word is the name of the tensor."""
+    torch.save({"<cat-toy>": torch.from_numpy(vectors(1)[0])}, tmp_path / "learned_embeds.bin")
+    assert load_embedding(model, tmp_path / "learned_embeds.bin") == [ROWS]
+    assert "<cat-toy>" in model.tokenizer.encoder
+    two = {"string_to_param": {"*": torch.ones(1, D), "+": torch.ones(1, D)}}
+    torch.save(two, tmp_path / "two.pt")
+    refused(model, tmp_path / "two.pt", "must have one tensor to be an embedding, not 2")
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
@@ -260,4 +312,4 @@ def test_truncated_files(size, model, tmp_path):
 
 
 def test_no_such_file(model, tmp_path):
-    refused(model, tmp_path / "a.safetensors", "path must be that of a .safetensors file")
+    refused(model, tmp_path / "a.safetensors", "There is no .*a.safetensors")

@@ -9,18 +9,21 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from helpers import layers_of, write_legacy
 
 from stable_diffusion import Decoder, StableDiffusion
-from stable_diffusion.checkpoints import hub
+from stable_diffusion.checkpoints import hub, open_checkpoint
 from stable_diffusion.checkpoints.hub import PUBLISHED, download_published
 from stable_diffusion.checkpoints.kerascv import PRESETS, V1_FILES, Preset
-from stable_diffusion.config import TINY
+from stable_diffusion.command import generate
+from stable_diffusion.config import TINY, VAEConfig
 
 pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants, utils  # noqa: E402
@@ -331,6 +334,38 @@ def test_one_file_of_a_repository(server, repository, tmp_path):
         StableDiffusion(weights=f"hf://{REPO}/y.safetensors")
 
 
+def test_bin_and_variants(server, repository):
+    """Only the chosen file of each component is downloaded."""
+    stem = "unet/diffusion_pytorch_model"
+    server.files[REPO, f"{stem}.bin"] = server.files.pop((REPO, f"{stem}.safetensors"))
+    vae = server.files[REPO, "vae/diffusion_pytorch_model.safetensors"]
+    server.files[REPO, "vae/diffusion_pytorch_model.ema.safetensors"] = vae
+    model = StableDiffusion(weights=f"hf://{REPO}", variant="ema", jit_compile=False)
+    asked(server)
+    _ = model.decoder
+    assert asked(server) == {"vae/diffusion_pytorch_model.ema.safetensors"}
+    expected = repository.diffusion_model.get_weights()
+    for ours, theirs in zip(model.diffusion_model.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert asked(server) == {"unet/diffusion_pytorch_model.bin"}
+    with pytest.raises(ValueError, match=r"folder has \(ema\), not 'fp16'"):
+        StableDiffusion(weights=f"hf://{REPO}", variant="fp16")
+    with pytest.raises(ValueError, match="ema must be False, except for a file"):
+        open_checkpoint(f"hf://{REPO}", ema=True)
+
+
+def test_repository_of_one_file(server, made, tmp_path):
+    made[0].save(tmp_path / "x.safetensors", "original", "float32")
+    server.files[REPO, "x.CKPT"] = (tmp_path / "x.safetensors").read_bytes()
+    server.files[REPO, "README.md"] = b"words"
+    assert open_checkpoint(f"hf://{REPO}").config.unet == TINY.unet
+    assert asked(server) == {"x.CKPT"}
+    server.files[REPO, "b.safetensors"] = b"not needed"
+    with pytest.raises(ValueError, match=f"it: hf://{REPO}/b.safetensors, hf://{REPO}/x.CKPT"):
+        open_checkpoint(f"hf://{REPO}")
+    assert open_checkpoint(f"hf://{REPO}/x.CKPT").config.unet == TINY.unet
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -356,3 +391,102 @@ def test_a_repository_that_changes_meanwhile(server, repository):
     found.commit = "f" * 40  # as listed before a new one came
     with pytest.raises(ValueError, match="hf://owner/tiny has changed while it was read"):
         found.fetch_file("vae/config.json")
+
+
+# Another VAE
+
+
+VAE_REPO = "owner/vae"
+# Its shapes alone tell the config, as of published files.
+STAGES = replace(TINY, vae=VAEConfig((32, 64), 1, norm_epsilon=1e-6, scaling_factor=0.5))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A pipeline with a VAE of two stages, and a folder of all forms that a repository can have."""
+    pipeline = StableDiffusion(weights=None, config=STAGES, jit_compile=False)
+    folder = tmp_path_factory.mktemp("other")
+    pipeline.save(folder / "whole", dtype="float32")
+    pipeline.save(folder / "whole.safetensors", "original", "float32")
+    return pipeline, folder
+
+
+@pytest.fixture
+def publish_vae(server, other):
+    """Returns a function that publishes the other VAE in one form, and returns its address."""
+
+    def publish(form):
+        _, folder = other
+        for path in (folder / "whole").rglob("*"):
+            name = path.relative_to(folder / "whole").as_posix()
+            if form == "only":  # a repository of a VAE has its files at the top
+                name = name.removeprefix("vae/") if name.startswith("vae/") else None
+            if path.is_file() and name:
+                server.files[VAE_REPO, name] = path.read_bytes()
+        server.files[VAE_REPO, "README.md"] = b"not needed"
+        server.files[VAE_REPO, "diffusion_pytorch_model.bin"] = b"not needed"
+        vae = (folder / "whole/vae/diffusion_pytorch_model.safetensors").read_bytes()
+        whole = (folder / "whole.safetensors").read_bytes()
+        for name, content in (("vae.safetensors", vae), ("files/v1.safetensors", whole)):
+            server.files[VAE_REPO, name] = content
+        return f"hf://{VAE_REPO}" + (form if form[0] in "@/" else "")
+
+    return publish
+
+
+VAES = {  # form: the files that are downloaded, except configs and a tokenizer; the scaling factor
+    "whole": ({"vae/diffusion_pytorch_model.safetensors"}, 0.5),
+    "only": ({"config.json", "diffusion_pytorch_model.safetensors"}, 0.5),
+    "@v2": ({"vae/diffusion_pytorch_model.safetensors"}, 0.5),
+    "/vae.safetensors": ({"vae.safetensors"}, TINY.vae.scaling_factor),
+    "@v2/files/v1.safetensors": ({"files/v1.safetensors"}, 0.5),
+}
+
+
+@pytest.mark.parametrize("form", VAES)
+def test_a_vae_of_the_hub(form, server, made, other, publish_vae):
+    """Only it is downloaded, and the second time nothing."""
+    address = publish_vae(form)
+    for needed in (VAES[form][0], set()):
+        model = StableDiffusion(weights=made[1], vae=address, jit_compile=False)
+        for component in ("decoder", "image_encoder"):
+            weights = getattr(other[0], component).get_weights()
+            for ours, theirs in zip(getattr(model, component).get_weights(), weights, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        files = asked(server)
+        if form in ("whole", "@v2"):
+            files = {name for name in files if not name.endswith((".json", ".txt"))}
+        assert files == needed
+        assert model.config.vae == replace(STAGES.vae, scaling_factor=VAES[form][1])
+        server.files.clear()  # from the cache, without the network
+
+
+@pytest.mark.parametrize("form", ["only", "/vae.safetensors"])
+def test_the_command_with_a_vae_of_the_hub(form, made, other, publish_vae, eagerly, tmp_path):
+    address, out = publish_vae(form), tmp_path / "x.png"
+    arguments = ["a cat", "--weights", str(made[1]), "--steps", "1", "--seed", "0"]
+    assert generate.main([*arguments, "--vae", address, "--out", str(out)]) == 0
+    vae = other[1] / "whole" / "vae"
+    vae = vae / "diffusion_pytorch_model.safetensors" if form[0] == "/" else vae
+    model = StableDiffusion(weights=made[1], vae=vae, jit_compile=False)
+    expected = model.text_to_image("a cat", num_steps=1, seed=[0], verbose=0)[0]
+    with PIL.Image.open(out) as image:
+        np.testing.assert_array_equal(np.asarray(image), expected)
+        assert image.text["vae"] == address
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://owner/other", "hf://owner/other can't be downloaded from"),
+        (f"hf://{VAE_REPO}/y.safetensors", f"hf://{VAE_REPO} has no y.safetensors"),
+        ("hf://owner", "An address on the hub is hf://owner/name"),
+        (f"hf://{REPO}", "hf://owner/tiny is not in diffusers' layout"),
+    ],
+)
+def test_a_vae_that_the_hub_does_not_have(address, message, server, made, publish_vae, capsys):
+    publish_vae("whole")
+    server.files[REPO, "README.md"] = b"words"
+    assert generate.main(["a cat", "--weights", str(made[1]), "--vae", address]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1] and sum("stable-diffusion: " in line for line in error) == 1

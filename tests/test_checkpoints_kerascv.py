@@ -5,6 +5,7 @@ Parameters are copied, so they are compared for equality.
 
 import gzip
 import json
+import os
 from dataclasses import replace
 
 import h5py
@@ -118,11 +119,25 @@ def test_other_floats_are_cast(dtype, tmp_path):
     assert {w.dtype for w in model.weights} == {"float32"}
 
 
-def test_values_are_not_judged(tmp_path):
+def test_values_that_are_not_finite_are_loaded(tmp_path):
     model = tiny("decoder")
     layers = layers_of(model)
     flat(layers)[0][...] = np.inf
-    load_legacy(model, write_legacy(tmp_path / "x.h5", layers))
+    with pytest.warns(UserWarning, match="x.h5 has values that are not finite"):
+        load_legacy(model, write_legacy(tmp_path / "x.h5", layers))
+    assert np.isinf(model.get_weights()[0]).all()
+
+
+def test_values_that_are_not_finite_in_the_dtype_of_the_model(tmp_path):
+    keras.config.set_dtype_policy("float16")
+    try:
+        model = tiny("decoder")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    layers = [[n, [[t, v.astype("float32")] for t, v in ts]] for n, ts in layers_of(model)]
+    flat(layers)[0][...] = 1e5
+    with pytest.warns(UserWarning, match=r"or not in the dtype of the decoder\w*: in "):
+        load_legacy(model, write_legacy(tmp_path / "x.h5", layers))
     assert np.isinf(model.get_weights()[0]).all()
 
 
@@ -137,25 +152,38 @@ def test_keras_3_files_still_load(tmp_path):
     assert_equal(model.get_weights(), expected)
 
 
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras", ".weights.json"])
+def test_nothing_waits_for_a_pipe(suffix, tmp_path):
+    model = tiny("decoder")
+    before = snapshot(model)
+    os.mkfifo(tmp_path / f"x{suffix}")
+    with pytest.raises(ValueError, match=f"x{suffix} must be a file; it is a pipe"):
+        model.load_weights(tmp_path / f"x{suffix}")
+    assert_equal(model.get_weights(), before)
+
+
 def test_keras_3_formats_that_are_not_hdf5_are_left_to_keras(tmp_path):
     assert not is_legacy(tmp_path / "x.keras")
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.h5 does not exist"):
+    with pytest.raises(ValueError, match=r"There is no .*no\.h5"):
         is_legacy(tmp_path / "no.h5")
 
 
 def test_a_folder(tmp_path):
-    with pytest.raises(ValueError, match="must be that of a .h5 file, but .* is a folder"):
+    with pytest.raises(ValueError, match="must be a file; it is a folder"):
         is_legacy(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_not_hdf5(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer")],
+)
+def test_not_hdf5(content, what, tmp_path):
     path = tmp_path / "x.h5"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"x.h5 is not an HDF5 file: its {len(content)} bytes"):
+    with pytest.raises(ValueError, match=f"x.h5 is not an HDF5 file: it is {what}"):
         tiny("decoder").load_weights(path)
 
 
@@ -199,6 +227,13 @@ def mismatch(model, path):
     assert_equal(model.get_weights(), before)
     assert str(path) in str(error.value) and repr(model.name) in str(error.value)
     return str(error.value)
+
+
+def test_names_in_a_file_are_quoted_in_short(tmp_path):
+    model = tiny("decoder")
+    layers = layers_of(model)
+    layers[-1][1][-1] = ["x" * 9999, np.zeros(7, "float32")]
+    assert len(mismatch(model, write_legacy(tmp_path / "x.h5", layers))) < 1000
 
 
 def test_wrong_shape_in_the_last_layer(tmp_path):
@@ -392,7 +427,7 @@ def test_folder_tells_the_version(files, given, config, encoder, tmp_path):
     for file in files:
         (tmp_path / file).touch()
     reader = KerasCVFolder(tmp_path, given)
-    assert reader.config == config and reader.files["text_encoder"] == encoder
+    assert reader.config == config and reader.names["text_encoder"] == encoder
 
 
 def test_folder_without_the_part_asked_for(tmp_path):

@@ -64,12 +64,17 @@ def draw(model, prompts):
     return model.text_to_image(prompts, num_steps=10, diffusion_noise=noise, verbose=0)
 
 
+@pytest.fixture(scope="module")
+def expected():
+    """Pictures of the checkpoint that was exported."""
+    return draw(StableDiffusion(weights="emoji", jit_compile=False), PROMPTS)
+
+
 @needs_openvino
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_it_draws_the_same_pictures(folders, dtype):
+def test_it_draws_the_same_pictures(folders, dtype, expected):
     """In bfloat16 where the processor can; 47 dB are seen there."""
     model = StableDiffusion(weights=folders / dtype, jit_compile=False)
-    expected = draw(StableDiffusion(weights="emoji", jit_compile=False), PROMPTS)
     for count in (2, 1):  # another batch size is compiled anew
         error = (draw(model, PROMPTS[:count]).astype("float64") - expected[:count]) ** 2
         assert (10 * np.log10(255**2 / error.mean((1, 2, 3))) >= 40).all()
@@ -110,8 +115,18 @@ def test_nothing_is_left_to_compute_of_parameters_alone(folders, dtype, part):
 
 
 @needs_openvino
+def test_prompts_of_web_interfaces_have_one_chunk(model):
+    """More tokens than the exported UNet accepts are refused before anything runs."""
+    options = {"prompt_syntax": "webui", "num_steps": 1, "verbose": 0}
+    assert model.text_to_image("a (red:1.3) apple", **options).shape == (1, 128, 128, 3)
+    for given in ({"prompt": "a cat BREAK a dog"}, {"prompt": "a", "negative_prompt": "cat " * 76}):
+        with pytest.raises(ValueError, match="accepts contexts of 77 tokens, not 154, in chunks"):
+            model.text_to_image(**given, **options)
+
+
+@needs_openvino
 def test_what_it_cannot_is_said(model, folder, tmp_path):
-    with pytest.raises(ValueError, match="has no image_encoder.xml. Folders for OpenVINO"):
+    with pytest.raises(ValueError, match="has no image_encoder.xml and .bin. Folders for OpenVINO"):
         _ = model.image_encoder
     with pytest.raises(ValueError, match="deep_cache needs a DiffusionModel"):
         model.text_to_image("a", deep_cache=2, verbose=0)

@@ -7,9 +7,10 @@ import pytest
 from keras import backend, random
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.config import SD1, TINY
+from stable_diffusion.config import SD1, TINY, SamplerConfig
 from stable_diffusion.noise import make_noise_source
 from stable_diffusion.noise_scheduler import Sampler
+from stable_diffusion.samplers import SAMPLERS, bind_options
 
 JIT = backend.backend() == "jax"
 STEPS = 4
@@ -64,13 +65,13 @@ def test_a_caller_may_stop(model, context):
     np.testing.assert_array_equal(first[2], generate(model, context)[0][2])
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp-2m", "unipc"])
 def test_the_middle_goes_on_from_a_latent(model, context, sampler):
     whole = generate(model, context, sampler=sampler)
     options = {"seed": None, "latent": whole[1][2], "first_step": 2, "sampler": sampler}
     rest = generate(model, context, **options)
     assert [step[:2] for step in rest] == [step[:2] for step in whole[2:]]
-    if sampler == "ddim":  # solvers begin anew, without their memory
+    if sampler in ("ddim", "heun"):  # solvers begin anew, without their memory
         np.testing.assert_array_equal(rest[-1][2], whole[-1][2])
 
 
@@ -134,16 +135,94 @@ def test_noise_differs_from_draw_to_draw_and_without_a_seed():
     assert not np.array_equal(make_noise_source((4, 4, 4), 2)(), make_noise_source((4, 4, 4), 2)())
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_sampler_in_a_batch(model, context, sampler):
+    """An image is the same in a batch, and with another seed it is another one."""
+    options = {"sampler": sampler, "num_steps": 3} | ({"eta": 1} if sampler == "ddim" else {})
+    both = generate(model, context, batch_size=2, seed=[5, 6], **options)
+    assert [step for step, *_ in both] == [0, 1, 2]
+    alone = generate(model, context, seed=[6], **options)
+    assert [timestep for _, timestep, *_ in alone] == [timestep for _, timestep, *_ in both]
+    largest = np.abs(alone[-1][2]).max()
+    np.testing.assert_allclose(alone[-1][2][0], both[-1][2][1], atol=1e-4 * largest)
+    assert np.abs(both[-1][2][0] - both[-1][2][1]).max() > 0.1 * largest
+    assert both[-1][2].dtype == np.float32
+
+
+def test_eta_is_passed_to_ddim(model, context):
+    """Its new noise is the next of the image's own generator."""
+    draws, sampler = make_noise_source((8, 8, 4), 1, 0), bind_options(SAMPLERS["ddim"], {"eta": 1})
+    draws()
+    (_, _, latent, x0), *_ = generate(model, context, eta=1)
+    before, (here, there, *_) = (
+        np.asarray(random.normal((1, 8, 8, 4), seed=0)),
+        TINY.schedule.levels(STEPS),
+    )
+    noise = (before - here.alpha**0.5 * x0) / (1 - here.alpha) ** 0.5
+    ((_, expected, _),) = sampler.sample(lambda *_: (x0, noise), before, [here, there], draws)
+    np.testing.assert_allclose(latent, expected, atol=2e-5 * np.abs(x0).max())
+    assert np.abs(latent - generate(model, context)[0][2]).max() > 0.1
+
+
+def test_a_sampler_may_start_from_less_noise(model, context):
+    """As it says, also from noise that is given; but not in the middle."""
+    seen = []
+
+    def look(denoise, latent, levels, next_noise):
+        for timestep, _ in levels[:-1]:
+            seen.append(latent)
+            yield timestep, latent, latent
+
+    noise = np.random.default_rng(0).standard_normal((8, 8, 4)).astype("float32")
+    euler = replace(SAMPLERS["euler"], sample=look)
+    alpha = TINY.schedule.levels(STEPS, None, euler)[0].alpha
+    for options, factor in [
+        ({"diffusion_noise": noise}, (1 - alpha) ** 0.5),
+        ({"diffusion_noise": noise, "spacing": "leading"}, 1),
+        ({"latent": noise, "first_step": 1}, 1),
+    ]:
+        seen.clear()
+        generate(model, context, sampler=euler, seed=None, **options)
+        np.testing.assert_allclose(seen[0][0], factor * noise, rtol=1e-6)
+
+
+def test_auto_takes_the_sampler_that_the_checkpoint_names(model, context, monkeypatch):
+    named = SamplerConfig("HeunDiscreteScheduler", spacing="karras")
+    monkeypatch.setattr(model, "config", replace(TINY, sampler=named))
+    found = generate(model, context, sampler="auto")
+    expected = generate(model, context, sampler="heun", spacing="karras")
+    np.testing.assert_array_equal(found[-1][2], expected[-1][2])
+    timesteps = [t for _, t, *_ in generate(model, context, sampler="auto", spacing="trailing")]
+    assert timesteps == [999, 749, 499, 249]
+    assert [t for _, t, *_ in generate(model, context)] == [999, 666, 333, 0], "DDIM is the default"
+
+
+def test_options_are_checked_before_any_work(model):
+    def encode():
+        raise AssertionError("this is work")
+
+    for options in ({"etta": 1}, {"eta": -1}, {"sampler": "eular"}):
+        with pytest.raises(ValueError):
+            generate(model, encode, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"first_step": 2}, "first_step 2 needs num_steps above it and a latent"),
-        ({"first_step": -1}, "first_step -1 needs"),
-        ({"first_step": STEPS, "latent": np.zeros((8, 8, 4))}, "first_step 4 needs"),
+        ({"first_step": 2}, "first_step 2 needs the latent where it begins"),
+        ({"first_step": -1}, "first_step must be an int from 0 to 3, not -1"),
+        ({"first_step": STEPS, "latent": np.zeros((8, 8, 4))}, "first_step must be .* 3, not 4"),
+        ({"first_step": "1", "latent": np.zeros((8, 8, 4))}, "first_step must be .* not '1'"),
+        ({"latent": np.zeros((0, 8, 8, 4))}, "must have 1 or batch_size=1 entries, not 0"),
         ({"latent": np.zeros((3, 8, 8, 4))}, "must have 1 or batch_size=1 entries, not 3"),
         ({"num_steps": "5"}, "num_steps must be an int from 1 to 1000, not '5'"),
-        ({"spacing": "karras"}, "spacing must be one of linspace, .*, not 'karras'"),
-        ({"sampler": "euler"}, "sampler must be one of"),
+        ({"spacing": "karas"}, "spacing must be one of linspace, .*, karras, not 'karas'"),
+        ({"spacing": "karras", "sampler": "pndm"}, "with this sampler, not 'karras'"),
+        ({"sampler": "eular"}, "sampler must be one of .* Did you mean 'euler'?"),
+        ({"sampler": "lcm", "num_steps": 51}, "num_steps must be an int from 1 to 50, not 51"),
+        ({"etta": 0.5}, "The sampler ddim has no option 'etta': it accepts eta"),
+        ({"eta": 0.5, "sampler": "heun"}, "sampler heun has no option 'eta': it accepts none"),
+        ({"eta": 2}, "eta must be a number from 0 to 1, not 2"),
         ({"seed": [1, 2]}, "1 images need 1 seeds, not 2"),
     ],
 )

@@ -82,6 +82,32 @@ def test_unknown_names(argument, value):
         NoiseScheduler(**{argument: value})
 
 
+def test_zero_snr_is_the_papers():
+    """Lin et al. 2024, https://arxiv.org/abs/2305.08891, algorithm 1: √alphas, shifted, scaled."""
+    scheduler = NoiseScheduler(**SD, zero_snr=True)
+    root = np.sqrt(levels())
+    expected = [(r - root[-1]) * root[0] / (root[0] - root[-1]) for r in root]
+    np.testing.assert_allclose(scheduler.alphas_cumprod, np.square(expected), rtol=1e-9)
+    assert scheduler.alphas_cumprod[-1] == 0 and scheduler.betas[-1] == 1
+    assert scheduler.alphas_cumprod[0] == pytest.approx(levels()[0], rel=1e-12)
+    np.testing.assert_allclose(np.cumprod(1 - scheduler.betas), np.square(expected), rtol=1e-9)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_epsilon_cannot_begin_where_there_is_no_signal(spacing):
+    scheduler = NoiseScheduler(**SD, zero_snr=True, spacing=spacing)
+    with pytest.raises(ValueError, match="epsilon can't begin where alpha is 0"):
+        scheduler.levels(20)
+    assert scheduler.levels(20, "leading")[0].alpha > 0  # which leaves the last timestep out
+    sample = normal(1, 2, 2, 4)
+    with pytest.raises(ValueError, match="epsilon can't begin where alpha is 0"):
+        scheduler.step(sample, 999, sample)
+    for kind in ("v_prediction", "sample"):
+        other = NoiseScheduler(**SD, zero_snr=True, spacing=spacing, prediction_type=kind)
+        assert other.levels(20)[0] == (999, 0.0)
+        assert np.isfinite(ops.convert_to_numpy(other.step(sample, 999, sample))).all()
+
+
 # DDIM
 
 

@@ -5,6 +5,7 @@ here; the others, which are tables or collect names, only have to be importable.
 """
 
 import ast
+import pickle
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,8 +19,10 @@ from keras import ops
 import stable_diffusion
 from stable_diffusion import Decoder, StableDiffusion
 from stable_diffusion.config import SD1, TINY
+from stable_diffusion.noise_scheduler import DDIM, NoiseLevel
 
 pytestmark = pytest.mark.quick
+SPREAD = np.array([-1.0, 1.0]).reshape(1, 1, 2, 1)
 PACKAGE = Path(stable_diffusion.__file__).parent
 
 
@@ -84,11 +87,30 @@ def writes_a_png(module, folder):
     return module.read_text(folder / "x.png") == {"prompt": "a cat"}
 
 
-def solves_a_step(module, folder):
-    """One step to alpha 1 is the clean latent that the model predicts."""
-    levels = [(9, 0.5), (None, 1.0)]
-    steps = module.dpmpp_2m(lambda *_: (3 * ones(1), ones(1)), ones(1), levels, None)
-    return [(t, float(latent[0])) for t, latent, _ in steps] == [(9, pytest.approx(3))]
+def one_step(sampler, alpha=1.0, next_noise=None):
+    """Returns where a sampler arrives in one step if the model predicts an x0 of 3 and noise 1."""
+    levels = [(9, 0.5), (None, alpha)]
+    ((_, latent, _),) = sampler(lambda *_: (3 * ones(1), ones(1)), ones(1), levels, next_noise)
+    return round(float(latent[0]), 5)
+
+
+def adds_new_noise(module, folder):
+    found = [one_step(sample, 0.75, lambda: -ones(1)) for sample in (module.ddpm, module.euler_a)]
+    kept = 0.25 - 0.25 / 0.5 * (1 - 0.5 / 0.75)  # equation 16 of DDIM's paper
+    return found == [round(3 * 0.75**0.5 + kept**0.5 - (0.25 - kept) ** 0.5, 5)] * 2
+
+
+def starts_from_an_image(module, folder):
+    """At the first level there are √alpha of the image and √(1 - alpha) of the noise."""
+    seen = []
+    row = module.start_from(DDIM, lambda: 3 * ones(1))
+
+    def denoise(latent, *_):
+        seen.append(latent)
+        return latent, latent
+
+    list(row.sample(denoise, ones(1), [NoiseLevel(9, 0.36), NoiseLevel(None, 1.0)], None))
+    return seen == [pytest.approx(0.6 * 3 + 0.8)]
 
 
 def reads_a_log(module, folder):
@@ -102,12 +124,29 @@ def reads_a_folder(module, folder):
     return [example.path.name for example in module.read_folder(folder)] == ["a.png"]
 
 
+def lists_globals(module, folder):
+    (folder / "x.bin").write_bytes(4 * pickle.dumps(Path("x"), protocol=2))
+    return {name.partition(".")[0] for name in module.list_globals(folder / "x.bin")} == {"pathlib"}
+
+
 def saves_a_state(module, folder):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     model.optimizer.build(model.trainable_variables)
     module.save_state(folder / "x.safetensors", model, 3)
     return module.load_state(folder / "x.safetensors", model) == 3
+
+
+def takes_and_drops_a_lock(module, folder):
+    with module.make_temporary(folder) as hidden:
+        taken = module.take_lock(hidden) is None
+    return taken and not any(folder.iterdir())
+
+
+def replaces_a_file(module, folder):
+    with module.replace_file(folder / "x") as written:
+        written.write_text("new")
+    return [(path.name, path.read_text()) for path in folder.iterdir()] == [("x", "new")]
 
 
 def decodes_in_strips(module, folder):
@@ -121,6 +160,8 @@ def decodes_in_strips(module, folder):
 CALLS = {  # module: function of the module and of an empty folder; it is true
     "": lambda m, _: "StableDiffusion" in dir(m),
     "adapters.embedding": saves_an_embedding,
+    "adapters.lora_kinds": lambda m, _: m.find_lora_kind({"up", "down"}) is m.LORA_KINDS["LoRA"],
+    "adapters.lora_lists": lambda m, _: "" in m.read_lists(["0", "1"]),
     "adapters.lora": lambda m, _: len(m.name_kernels(pipeline().diffusion_model)) > 30,
     "attention_block": lambda m, _: np.allclose(
         ops.convert_to_numpy(m.attend(ones(1, 2, 4), ones(1, 3, 4), ones(1, 3, 4), 2)), 1
@@ -128,6 +169,7 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "block": lambda m, _: m.cut_model(pipeline().decoder, id) == id(pipeline().decoder),
     "checkpoints.building": lambda m, _: m.allocate_array((3, 5), "float16").ctypes.data % 64 == 0,
     "checkpoints.changes": undoes_a_change,
+    "checkpoints.contents": lambda m, folder: refuses(m.check_file, folder),
     "checkpoints.diffusers": lambda m, folder: saves_and_opens("diffusers", folder),
     "checkpoints.diffusers_config": lambda m, _: (
         len(m.make_config_files(FEW, {}, pipeline().tokenizer)) > 1
@@ -138,19 +180,29 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "checkpoints.layout": lambda m, _: (
         m.Layout({"no_layer": "x"}).find_slots(keras.Sequential()) == []
     ),
+    "checkpoints.names": lambda m, _: "resblocks" in m.ignore_layers(m.CLIP, 11).ignored,
     "checkpoints.openvino": lambda m, folder: refuses(m.OpenVINOFolder, folder),
     "checkpoints.original": lambda m, _: (
         len(m.find_slots("decoder", pipeline().decoder, FEW)) == len(pipeline().decoder.weights)
     ),
     "checkpoints.reader": lambda m, _: m.Reader(TINY).tokenizer().end_of_text == 49407,
-    "checkpoints.tensors": lambda m, folder: refuses(m.open_safetensors, folder / "x.safetensors"),
+    "checkpoints.tensors": lambda m, folder: refuses(m.open_tensors, folder / "x.safetensors"),
+    "checkpoints.torch_files": lists_globals,
+    "checks": lambda m, _: m.check_int("x", np.array(3), high=3) == 3,
+    "cleaning": lambda m, _: m.clean_text("A &amp;lt; Caf\u00c3\u00a9") == "a < caf\u00e9",
     "clip_tokenizer": lambda m, _: m.SimpleTokenizer().encode("a") == [49406, 320, 49407],
     "command.arguments": lambda m, _: m.make_number_type(int, 1, 9)("7") == 7,
     "command.convert": lambda m, _: shows_help(m.main),
     "command.finetune": lambda m, _: shows_help(m.main),
     "command.generate": lambda m, _: shows_help(m.main),
+    "command.parameters": lambda m, _: (
+        m.read_parameters("a\nSteps: 1, Seed: 2, CFG scale: 3")[0] == "a"
+    ),
     "command.png": writes_a_png,
+    "command.redo": lambda m, _: m.read_place({"batch": "2 of 4"}) == (1, 4),
+    "command.prompts": lambda m, _: m.WEB_SYNTAX.search("a (cat:1.3)") is not None,
     "command.terminal": lambda m, _: m.run_command("x", lambda argv: m.FAILED) == m.FAILED,
+    "command.walk": lambda m, _: m.plan_frames(2, 2) == [(0, 0), (0, 1)],
     "config": lambda m, _: m.undo_departures(SD1).unet.norm_epsilon == 1e-6,
     "decoder": lambda m, _: (
         m.Decoder(64, 48, download_weights=False, config=FEW.vae)(ones(1, 8, 6, 4)).shape
@@ -158,10 +210,16 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     ),
     "diffusion_model": lambda m, _: m.GEGLU(6)(ones(1, 2, 3)).shape == (1, 2, 6),
     "files": lambda m, folder: refuses(m.find_file, folder, "../x"),
+    "guidance": lambda m, _: (
+        (m.rescale_guidance(4 * SPREAD, SPREAD, 0.5) == 2.5 * SPREAD).all()
+        and m.embed_guidance(1, 4, 2).tolist() == [[0, 0, 1, 1]] * 2
+    ),
     "image_encoder": lambda m, _: (
         pipeline().image_encoder(ones(1, 16, 24, 3)).shape == (1, 2, 3, 4)
     ),
+    "masks": lambda m, _: m.read_mask(np.array([[0.9, 0.1]])).tolist() == [[True, False]],
     "images": lambda m, _: (m.quantize_pixels(ones(1, 2, 2, 3)) == 255).all(),
+    "locking": takes_and_drops_a_lock,
     "noise": lambda m, _: m.make_noise_source((2, 3, 4), 5, seed=0)().shape == (5, 2, 3, 4),
     "noise_scheduler": lambda m, _: len(m.NoiseScheduler().levels(7)) == 8,
     "padded_conv2d": lambda m, _: (
@@ -169,10 +227,18 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     ),
     "parity.keras_cv": lambda m, _: m.relative_error(2 * ones(3), ones(3)) == 1,
     "pretrained": lambda m, folder: refuses(pipeline().decoder.load_weights, folder / "no.h5"),
+    "prompts": lambda m, _: m.read_weights("a (cat:1.5)") == [["a ", 1.0], ["cat", 1.5]],
+    "replacing": replaces_a_file,
     "resnet_block": lambda m, _: m.ResnetBlock(8, groups=2)(ones(1, 4, 4, 6)).shape == (1, 4, 4, 8),
     "samplers": lambda m, _: m.find_sampler("ddim") is m.SAMPLERS["ddim"],
+    "samplers.ancestral": adds_new_noise,
+    "samplers.classical": lambda m, _: (
+        (one_step(m.heun), one_step(m.pndm)) == (3, round(2**0.5 - 1, 5))  # PNDM takes the noise
+    ),
+    "samplers.consistency": lambda m, _: list(m.space_lcm(ones(1000), 2)) == [499, 999],
+    "samplers.from_image": starts_from_an_image,
     "samplers.deep_cache": lambda m, _: refuses(m.DeepCache, keras.Sequential(), 2),
-    "samplers.multistep": solves_a_step,
+    "samplers.multistep": lambda m, _: one_step(m.dpmpp_2m) == one_step(m.unipc) == 3,
     "stable_diffusion": lambda m, _: pipeline().tokenize("a")[:3] == [49406, 320, 49407],
     "strips": decodes_in_strips,
     "text_encoder": lambda m, _: pipeline().encode_text("a").shape == (1, 77, 16),
@@ -180,6 +246,7 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
         m.hash_parameters(pipeline().decoder) == m.hash_parameters(pipeline().decoder)
     ),
     "training.callbacks": reads_a_log,
+    "training.captions": lambda m, _: m.normalize_name("e\u0301") == "\u00e9",
     "training.data": lambda m, _: m.compute_snr_weights(SD1.schedule, [0]) < 0.01,
     "training.distribution": lambda m, _: m.join_processes() == (0, 1),
     "training.folder": reads_a_folder,

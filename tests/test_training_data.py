@@ -82,6 +82,17 @@ def test_min_snr_weighs_x0_by_the_lesser_of_snr_and_gamma():
         np.testing.assert_allclose(weight * own, np.minimum(snr, 5), rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)]
+)
+def test_min_snr_where_nothing_is_left_of_the_signal(kind, weight):
+    """The limits of min(SNR, gamma) / SNR, min(SNR, gamma) / (SNR + 1) and min(SNR, gamma)."""
+    schedule = replace(SCHEDULE, prediction_type=kind, zero_snr=True)
+    assert schedule.alphas_cumprod[-1] == 0
+    weights = compute_snr_weights(schedule, np.array([998, 999]), 5.0)
+    np.testing.assert_allclose(weights, [weight, weight], atol=1e-4)
+
+
 def test_the_posterior_is_sampled():
     moments = np.concatenate([np.full((64, 64, 4), 3.0), np.full((64, 64, 4), np.log(4.0))], -1)
     sampled = sample_posterior(moments.astype("float32"), np.random.default_rng(0))
@@ -113,6 +124,22 @@ def test_every_picture_comes_equally_often_in_another_order():
     turns = [np.rint(batches[n][1][:, 0, 0, 0] / SCALE).astype(int).tolist() for n in range(6)]
     assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 1
+
+
+def test_repeated_pictures_come_as_often_as_they_say():
+    schedule = NoiseScheduler(prediction_type="sample")
+    one, two = examples(2)
+    batches = make(streams=[Stream([one, replace(two, repeats=3)])], schedule=schedule, steps=None)
+    assert len(batches) == 1
+    assert np.rint(np.sort(batches[0][1][:, 0, 0, 0]) / SCALE).tolist() == [0, 1, 1, 1]
+
+
+def test_captions_are_tokenized_before_the_first_step():
+    def tokenize(text):
+        raise ValueError(f"{text} is too long")
+
+    with pytest.raises(ValueError, match="a caption is too long"):
+        make(tokenize=tokenize)
 
 
 def flat(batch):

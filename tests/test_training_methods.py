@@ -4,6 +4,9 @@ What is saved is loaded by the pipeline, in the same process and backend, so out
 roundings of float32: 1e-5 of the largest value.
 """
 
+from dataclasses import replace
+
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -72,7 +75,8 @@ def train(method, pictures, folder, steps=2, first_step=0, callbacks=()):
 
 def predict(pipeline, context=None):
     rng = np.random.default_rng(1)
-    shapes = [tensor.shape[1:] for tensor in pipeline.diffusion_model.inputs]
+    # Its contexts are of any length.
+    shapes = [[n or 77 for n in tensor.shape[1:]] for tensor in pipeline.diffusion_model.inputs]
     inputs = [rng.standard_normal((2, *shape), dtype="float32") for shape in shapes]
     inputs[2] = inputs[2] if context is None else np.repeat(context, 2, axis=0)
     return keras.ops.convert_to_numpy(pipeline.diffusion_model(inputs))
@@ -105,7 +109,10 @@ def test_full_trains_all_or_cross_attention_alone(pipeline, weights, pictures, t
         Full(pipeline, "attention")
 
 
-@pytest.mark.parametrize("targets, keys", [("attention", "kohya"), ("all", "diffusers")])
+@pytest.mark.parametrize(
+    "targets, keys",
+    [("attention", "kohya"), pytest.param("all", "diffusers", marks=pytest.mark.large)],
+)
 def test_lora(targets, keys, weights, pictures, tmp_path):
     keras.utils.set_random_seed(0)
     pipeline = StableDiffusion(jit_compile=False, weights=weights)
@@ -130,10 +137,97 @@ def test_lora(targets, keys, weights, pictures, tmp_path):
             LoRA(pipeline)
 
 
+def test_files_of_keras_have_the_adapters(weights, tmp_path):
+    """Its callbacks are called as `fit` does."""
+    path = tmp_path / "last.weights.h5"
+
+    def begin():
+        pipeline = StableDiffusion(jit_compile=False, weights=weights)
+        method = LoRA(pipeline, rank=2, targets="cross-attention")
+        saved = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        for callback in (saved, backup):
+            callback.set_model(method.compile("sgd"))
+        return method, saved, backup
+
+    method, *callbacks = begin()
+    for layer in method.adapters.values():
+        layer.lora_kernel_b.assign(layer.lora_kernel_b + 0.5)
+    expected = values(method.model)
+    for callback in callbacks:
+        callback.on_train_begin()
+        callback.on_epoch_end(0, {})
+    assert not changed(method.model, expected)  # saving changes nothing
+
+    method, _, backup = begin()
+    method.model.load_weights(path)
+    assert not changed(method.model, expected)
+    for layer in method.adapters.values():
+        layer.lora_kernel_a.assign(0 * layer.lora_kernel_a)
+        layer.lora_kernel_b.assign(0 * layer.lora_kernel_b)
+    with pytest.raises(ValueError, match="All adapters are zero"):
+        method.save(tmp_path / "lora.safetensors")
+    assert not (tmp_path / "lora.safetensors").exists()
+    backup.on_train_begin()
+    assert not changed(method.model, expected)
+
+    plain = Full(StableDiffusion(jit_compile=False, weights=weights))
+    plain.model.save_weights(tmp_path / "plain.weights.h5")
+    with pytest.raises(ValueError, match="doesn't fit the model 'denoiser', which is unchanged"):
+        method.model.load_weights(tmp_path / "plain.weights.h5")
+    assert not changed(method.model, expected)
+
+
+def test_a_file_of_keras_that_fails_late_is_not_half_loaded(pipeline, tmp_path):
+    method, path = LoRA(pipeline, rank=2, targets="cross-attention"), tmp_path / "a.weights.h5"
+    method.model.save_weights(path)
+    with h5py.File(path, "r+") as file:
+        pairs = []
+        file.visititems(
+            lambda name, item: (
+                pairs.append(item)
+                if isinstance(item, h5py.Group) and set(item) >= {"1", "2"}
+                else None
+            )
+        )
+        last = max(pairs, key=lambda group: group.name)  # A and B change places
+        for old, new in (("1", "x"), ("2", "1"), ("x", "2")):
+            last.move(old, new)
+    with pytest.raises(ValueError, match="All parameters of the model 'denoiser' are NaN now"):
+        method.model.load_weights(path)
+    assert all(np.isnan(value).all() for value in values(method.model).values())
+
+
+def test_results_that_float16_cannot_hold_are_refused(pipeline, tmp_path):
+    lora = LoRA(pipeline, rank=2, targets="cross-attention")
+    name, layer = max(lora.adapters.items())
+    layer.lora_kernel_b.assign(layer.lora_kernel_b + 65520)
+    path = tmp_path / "x.safetensors"
+    path.write_text("before")
+    wrong = f"{name.replace('.', '_')}.lora_up.weight has values that are not finite in float16; "
+    with pytest.raises(ValueError, match=f"{wrong}float32 and bfloat16 can hold them"):
+        lora.save(path, dtype="float16")
+    assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+    lora.save(path, dtype="bfloat16")
+    assert all(np.isfinite(t.astype("float32")).all() for t in load_file(path).values())
+
+
+def test_vectors_that_float16_cannot_hold_are_refused(pipeline, tmp_path):
+    method, path = TextualInversion(pipeline, TOKEN, "cat"), tmp_path / "x.safetensors"
+    method.learned.vectors.assign(method.learned.vectors + 1e6)
+    with pytest.raises(ValueError, match=f"{TOKEN} has values that are not finite in float16; "):
+        method.save(path, dtype="float16")
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        method.save(path, dtype="int8")
+    assert not path.exists()
+    method.save(path)
+    assert load_file(path)[TOKEN].min() > 9e5
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, "rank must be an int of 1 or more, not 0"),
+        ({"rank": 0}, "rank must be an int from 1, not 0"),
         ({"alpha": -1.0}, "alpha must be above 0, not -1.0"),
         ({"targets": "most"}, "targets must be one of 'cross-attention', 'attention'"),
     ],
@@ -178,13 +272,51 @@ def test_textual_inversion_changes_its_vectors_alone(pipeline, weights, pictures
     np.testing.assert_allclose(output, predict(pipeline, context), atol=TOLERANCE)
 
 
+@pytest.fixture
+def deeper(few):
+    """A pipeline whose text encoder has three layers."""
+    config = replace(few, text=replace(few.text, depth=3))
+    return StableDiffusion(jit_compile=False, weights=None, config=config)
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_textual_inversion_with_clip_skip(deeper, clip_skip):
+    """The model that is trained sees the context that the pipeline encodes so."""
+    method = TextualInversion(deeper, TOKEN, "cat", clip_skip=clip_skip)
+    prompt, rng = f"a {TOKEN} on a mat", np.random.default_rng(1)
+    batch = {
+        "tokens": method.tokenize(prompt)[None].repeat(2, axis=0),
+        "positions": np.tile(np.arange(77, dtype="int32"), (2, 1)),
+    }
+    for tensor in deeper.diffusion_model.inputs[:2]:
+        batch[tensor.name] = rng.standard_normal((2, *tensor.shape[1:]), dtype="float32")
+    output = keras.ops.convert_to_numpy(method.model(batch))
+    expected = predict(deeper, deeper.encode_text(prompt, clip_skip))
+    assert relative_error(output, expected) < TOLERANCE
+    assert relative_error(output, predict(deeper, deeper.encode_text(prompt))) > 10 * TOLERANCE
+
+
+def test_a_cache_does_not_mix_clip_skips(deeper, tmp_path):
+    for clip_skip in (2, 0, 1, np.int64(1)):
+        cache = Cache(tmp_path, deeper, clip_skip=clip_skip)
+        expected = np.asarray(deeper.encode_text("a cat", clip_skip))[0]
+        assert relative_error(cache.read_context("a cat"), expected) < TOLERANCE
+    assert len(list(tmp_path.rglob("*.npy"))) == 3
+
+
 def test_textual_inversion_refuses(pipeline):
-    with pytest.raises(ValueError, match="vectors must be an int of 1 or more, not 0"):
+    skip = "clip_skip must be an int from 0 to 0, not 1"
+    with pytest.raises(ValueError, match=skip):
+        TextualInversion(pipeline, TOKEN, "cat", clip_skip=1)
+    with pytest.raises(ValueError, match=skip):
+        Cache("cache", pipeline, clip_skip=1)
+    with pytest.raises(ValueError, match="vectors must be an int from 1, not 0"):
         TextualInversion(pipeline, TOKEN, "cat", 0)
     with pytest.raises(ValueError, match="initializer must contain a word, not ' '"):
         TextualInversion(pipeline, TOKEN, " ")
 
 
+@pytest.mark.large
 def test_rematerialisation_changes_nothing_but_memory(few, weights, pictures, tmp_path):
     losses = []
     for remat in (False, True):
@@ -224,11 +356,11 @@ def test_a_run_goes_on_from_its_state(options, weights, pictures, tmp_path):
         return method
 
     method = begin()
-    expected = train(method, pictures, tmp_path, steps=5, callbacks=[Save()])
+    expected = train(method, pictures, tmp_path, steps=4, callbacks=[Save()])
     last = values(method.model)
     method = begin()
     assert load_state(state, method.model) == 3
-    assert train(method, pictures, tmp_path, steps=2, first_step=3) == expected[3:]
+    assert train(method, pictures, tmp_path, steps=1, first_step=3) == expected[3:]
     assert not changed(method.model, last)  # these are the averages, where there are any
     if options:
         return
@@ -262,13 +394,31 @@ def test_a_cache_is_keyed_by_content(pipeline, pictures, tmp_path):
     again = Cache(tmp_path, pipeline, flip=True)
     again.encode_examples(read_folder(pictures))
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
-    damaged = next(path for path in files if np.load(path).shape == (8, 8, 8))
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    again.encode_examples(read_folder(pictures))
-    assert np.load(damaged).shape == (8, 8, 8)
+    for path in {np.load(path).shape: path for path in files}.values():  # one of each kind
+        whole, expected = path.read_bytes(), np.load(path)
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        damaged = [b"", whole[:-9], bytes(flipped), np.full_like(expected, np.nan), np.zeros(2)]
+        for damage in damaged:
+            with open(path, "wb") as file:
+                file.write(damage) if isinstance(damage, bytes) else np.save(file, damage)
+            again.encode_examples(read_folder(pictures))
+            assert relative_error(np.load(path), expected) < TOLERANCE
     pipeline.image_encoder.weights[0].assign(2 * pipeline.image_encoder.weights[0])
     Cache(tmp_path, pipeline).encode_examples(read_folder(pictures))
     assert len(list(tmp_path.rglob("*.npy"))) == len(files) + 3
+
+
+def test_latents_and_contexts_that_are_not_finite_are_named(pipeline, pictures, tmp_path):
+    cache = Cache(tmp_path, pipeline)
+    for model, name in ((pipeline.text_encoder, "caption 'a <toy>"), (pipeline.image_encoder, "0")):
+        kernel = model.trainable_weights[-1]
+        value = keras.ops.convert_to_numpy(kernel.value).copy()
+        kernel.assign(np.full_like(value, np.nan))
+        with pytest.raises(ValueError, match=f"{name}.*: the weights encode it with values that"):
+            cache.encode_examples(read_folder(pictures))
+        kernel.assign(value)
+        cache._hashes.clear()
 
 
 def test_broken_pictures_are_named_and_skipped(pipeline, pictures, tmp_path):

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from stable_diffusion.files import replace_folder
+from stable_diffusion.files import find_file
+from stable_diffusion.replacing import FolderKind, replace_folder
 
 SIZE, FINE = 128, 4  # pixels; and how many times finer it is drawn before it is shrunk
 COUNT = 20
@@ -75,6 +76,16 @@ def draw_image(rng, background):
     return np.array(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
+def make_folder_kind(count):
+    """Returns the `FolderKind` of a set of images, whose captions tell it from other folders."""
+    return FolderKind(
+        "set of images with captions",
+        frozenset(["metadata.jsonl", *(f"{number:02}.png" for number in range(count))]),
+        lambda folder: find_file(folder, "metadata.jsonl") is not None,
+        rivals={"": r".*\.png"},
+    )
+
+
 def get_parser():
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,7 +105,7 @@ def main(argv=None):
         parser.error("--count must be at least 1, and --seed at least 0")
     rng, names = np.random.default_rng(args.seed), list(BACKGROUNDS)
     try:
-        with replace_folder(args.folder, "metadata.jsonl") as written:
+        with replace_folder(args.folder, make_folder_kind(args.count)) as written:
             with open(written / "metadata.jsonl", "w", encoding="utf-8") as file:
                 for number in range(args.count):
                     name = names[number % len(names)]

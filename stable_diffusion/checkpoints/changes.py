@@ -7,9 +7,13 @@ class Changes:
     """The original values of parameters that adapters have changed.
 
     Each pipeline has one such object. It does not keep models alive.
+
+    Attributes:
+        words: list of what `adapters.embedding.remove_word` needs to remove each word of a LoRA.
     """
 
     def __init__(self):
+        self.words = []
         self._originals = WeakKeyDictionary()  # model: {index in model.weights: array}
 
     def __contains__(self, model):

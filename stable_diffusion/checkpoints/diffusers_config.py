@@ -12,14 +12,27 @@ constants.
 """
 
 import json
-import math
+import re
 import tempfile
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
 
+from stable_diffusion import noise_scheduler
+from stable_diffusion.checkpoints.contents import check_file, describe_content
+from stable_diffusion.checks import find_expected
 from stable_diffusion.clip_tokenizer import END, START, SimpleTokenizer, expand_tokens
-from stable_diffusion.config import Config, TextConfig, UNetConfig, VAEConfig
+from stable_diffusion.config import (
+    BOUNDS,
+    Config,
+    SamplerConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from stable_diffusion.files import find_file
 from stable_diffusion.noise_scheduler import NoiseScheduler
+from stable_diffusion.replacing import FolderKind
 
 FOLDERS = {  # component: subfolder of its config and parameters
     "text_encoder": "text_encoder",
@@ -40,10 +53,15 @@ TOKENIZER_FILES = (
     "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer_config.json",
 )
+ADDED = "tokenizer/added_tokens.json"  # missing if there are none
 INDEX = "model_index.json"  # the class of each subfolder; we read only our own key in it
 GUIDANCE = "_guidance_scale"  # our key; diffusers ignores keys that begin with an underscore
+# diffusers' version that first had all keys which we write. Some pipelines ask for it.
+VERSION = {"_diffusers_version": "0.30.0"}
+MOST_CELLS = 8192  # along a side of the latents that a UNet was trained with
 MERGES = "tokenizer/merges.txt"
 FAST = "tokenizer/tokenizer.json"  # transformers 5 writes the whole tokenizer into this file
+CONFIG_FILES = (INDEX, *CONFIGS, *TOKENIZER_FILES, MERGES)  # what `make_config_files` makes
 
 # --- Tables from diffusers' keys to our fields --------------------------------------------------
 
@@ -64,11 +82,19 @@ UNET = {
     "out_channels": "out_channels",
     "use_linear_projection": "linear_projection",
     "norm_num_groups": "groups",
+    "time_cond_proj_dim": "guidance_width",
 }
 UNET_BLOCKS = {  # whether a stage has attention: its block on the way down, and on the way up
     True: ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
     False: ("DownBlock2D", "UpBlock2D"),
 }
+MIDDLE = "UNetMidBlock2DCrossAttn"
+PER_STAGE = (  # keys that may have a list, of which we support only equal values
+    "cross_attention_dim",
+    "layers_per_block",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+)
 VAE = {
     "block_out_channels": "widths",
     "layers_per_block": "res_blocks",
@@ -84,12 +110,17 @@ SCHEDULE = {
     "prediction_type": "prediction_type",
     "timestep_spacing": "spacing",
     "steps_offset": "steps_offset",
+    "rescale_betas_zero_snr": "zero_snr",
 }
-SCHEDULE_CHOICES = {
-    "beta_schedule": ("linear", "scaled_linear"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("linspace", "leading", "trailing"),
-}
+SAMPLER = {"_class_name": "scheduler", "algorithm_type": "algorithm"}
+KARRAS = "use_karras_sigmas"
+LINSPACE = (  # schedulers that space timesteps with linspace unless told otherwise
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
 # Values of keys that a file omits. It must have all other keys.
 DEFAULTS = {
     "vocab_size": 49408,
@@ -107,6 +138,10 @@ DEFAULTS = {
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
     "steps_offset": 1,  # diffusers' pipeline sets it
+    "rescale_betas_zero_snr": False,
+    # Our own keys, see above. The values are diffusers' constants.
+    "norm_epsilon": 1e-6,
+    "approximate_gelu": False,
 }
 # Keys for which we have no field. If a file has such a key, it must have this value.
 FIXED = {
@@ -126,7 +161,6 @@ FIXED = {
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
         "norm_eps": 1e-5,
         "num_attention_heads": None,
         "num_class_embeds": None,
@@ -134,7 +168,6 @@ FIXED = {
         "resnet_out_scale_factor": 1.0,
         "resnet_skip_time_act": False,
         "resnet_time_scale_shift": "default",
-        "time_cond_proj_dim": None,
         "time_embedding_act_fn": None,
         "time_embedding_dim": None,
         "time_embedding_type": "positional",
@@ -153,7 +186,6 @@ FIXED = {
         "use_quant_conv": True,
     },
     "scheduler": {
-        "rescale_betas_zero_snr": False,
         "thresholding": False,
         "trained_betas": None,
     },
@@ -163,24 +195,32 @@ FIXED = {
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def read_config_files(folder) -> dict:
+def read_config_files(folder, subfolder="") -> dict:
     """Reads those files of a folder that `read_config` and `read_tokenizer` need.
 
+    Args:
+        folder: path of the checkpoint.
+        subfolder: the subfolder of these files.
+
     Returns:
-        Dict from the path of each existing file, relative to the folder, to its JSON object. The
-        value of `MERGES` is the text of the file.
+        Dict from the path of each existing file, relative to the subfolder, to its JSON object.
+        The value of `MERGES` is the text of the file.
 
     Raises:
         ValueError: the content of a file does not match its name.
     """
-    paths = {name: find_file(folder, name) for name in (INDEX, *CONFIGS, *TOKENIZER_FILES)}
+
+    def find(name):
+        return find_file(folder, PurePosixPath(subfolder, name))
+
+    paths = {name: find(name) for name in (INDEX, *CONFIGS, *TOKENIZER_FILES)}
     files = {name: read_json(path) for name, path in paths.items() if path}
-    if path := find_file(folder, MERGES):
+    if path := find(MERGES):
         try:
             files[MERGES] = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no text file: {error}") from error
-    if path := find_file(folder, FAST):
+    if path := find(FAST):
         files |= _unpack_tokenizer(path, read_json(path))
     return files
 
@@ -193,10 +233,12 @@ def _unpack_tokenizer(path, data):
         pairs = [pair if isinstance(pair, str) else "{} {}".format(*pair) for pair in pairs]
         added = {token["content"]: token["id"] for token in data["added_tokens"]}
         added = {token: n for token, n in added.items() if token not in vocab}
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"{path} is no tokenizer of CLIP's kind: {error!r}") from error
+        merges = _format_merges(pairs)
+        merges.encode()  # JSON can hold halves of characters, which no text file has
+    except (LookupError, TypeError, UnicodeEncodeError) as error:
+        raise ValueError(f"{path} is no tokenizer of CLIP's kind: {error!r:.200}") from error
     vocab_file, added_file = TOKENIZER_FILES[:2]
-    return {MERGES: _format_merges(pairs), vocab_file: vocab, added_file: added}
+    return {MERGES: merges, vocab_file: vocab, added_file: added}
 
 
 def read_json(path):
@@ -205,17 +247,20 @@ def read_json(path):
     Raises:
         ValueError: the file cannot be read, or it has no JSON object.
     """
+    check_file(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        raise ValueError(
+            f"{path} is no JSON file: it is {describe_content(path)} ({error})."
+        ) from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must be a JSON object, not {type(data).__name__}.")
     return data
 
 
 def _make_error(path, key, value, supported):
-    return ValueError(f"{path}: {key} must be {supported}, not {value!r}.")
+    return ValueError(f"{path}: {key} must be {supported}, not {value!r:.200}.")
 
 
 def _translate_choice(path, key, value, choices):
@@ -225,35 +270,29 @@ def _translate_choice(path, key, value, choices):
     return choices[value]
 
 
-def _read_fields(path, data, table, like):
-    """Reads fields of the dataclass `like`. The types of its defaults are the types to expect."""
-    fields = {}
+def _read_fields(path, data, table, like, bounds):
+    """Reads fields of the dataclass `like`, whose annotations and `bounds` tell what to expect."""
+    kinds, found = {field.name: field.type for field in fields(like)}, {}
     for key, field in table.items():
-        kind = type(getattr(like, field))
         value = data.get(key, DEFAULTS.get(key))
-        if kind is tuple:
-            supported = "a list of positive ints"
-            good = isinstance(value, list) and value and all(map(_is_positive_int, value))
-        elif kind is float:
-            supported, good = "a number", type(value) in (int, float)
-        elif kind is int and key != "steps_offset":
-            supported, good = "a positive int", _is_positive_int(value)
-        else:
-            supported, good = f"of type {kind.__name__}", type(value) is kind
-        if not good:
-            raise _make_error(path, key, value, supported)
-        fields[field] = tuple(value) if kind is tuple else kind(value)
-    return fields
+        if expected := find_expected(value, kinds[field], bounds.get(field)):
+            raise _make_error(path, key, value, expected)
+        found[field] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
-def _is_positive_int(value):
-    return type(value) is int and value > 0
+def _read_own_fields(path, data, like, *names):
+    """Reads fields for which diffusers has no key."""
+    return _read_fields(path, data, {name: name for name in names}, like, BOUNDS)
 
 
-def _read_own_fields(data, *names):
-    """Reads fields for which diffusers has no key. Their defaults are diffusers' constants."""
-    original = {"norm_epsilon": 1e-6, "approximate_gelu": False}
-    return {name: data.get(name, original[name]) for name in names}
+@contextmanager
+def _naming(path):
+    """Puts the path of a file before the message of a ValueError about its values."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_config(where, files) -> Config:
@@ -272,6 +311,8 @@ def read_config(where, files) -> Config:
     data = {name.split("/")[0]: files[name] for name in CONFIGS if name in files}
     if not data:
         raise ValueError(f"{where} has none of {', '.join(CONFIGS)}.")
+    if "unet" in data:
+        data["unet"] = _join_stages(data["unet"])
     for name, fixed in FIXED.items():
         for key, value in fixed.items():
             if (found := data.get(name, {}).get(key, value)) != value:
@@ -284,16 +325,21 @@ def read_config(where, files) -> Config:
     scale, size = 2 ** (len(vae.widths) - 1), 64
     if "unet" in data:
         unet, size = _read_unet(paths["unet"], data["unet"], scale)
+    if "unet" in data and "text_encoder" in data and unet.context_width != text.width:
+        supported = f"{text.width}, which is hidden_size in {paths['text_encoder']}"
+        raise _make_error(paths["unet"], "cross_attention_dim", unet.context_width, supported)
     schedule = _read_schedule(paths["scheduler"], data.get("scheduler"))
+    sampler = _read_sampler(paths["scheduler"], data.get("scheduler", {}))
     guidance = _read_guidance(where / INDEX, files.get(INDEX, {}))
-    return Config(text, unet, vae, schedule, size * scale, guidance)
+    with _naming(where):
+        return Config(text, unet, vae, schedule, size * scale, guidance, sampler)
 
 
 def _read_guidance(path, data):
     """Returns the guidance scale in `INDEX`, or the default of `Config` if it has none."""
     scale = data.get(GUIDANCE, Config.guidance_scale)
-    if type(scale) not in (int, float) or not 0 <= scale < math.inf:
-        raise _make_error(path, GUIDANCE, scale, "a number from 0")
+    if expected := find_expected(scale, float, BOUNDS["guidance_scale"]):
+        raise _make_error(path, GUIDANCE, scale, expected)
     return float(scale)
 
 
@@ -309,26 +355,28 @@ def read_tokenizer(where, files, config) -> SimpleTokenizer:
             embeddings.
     """
     where = Path(where)
-    tokenizer = SimpleTokenizer()
-    if MERGES in files:
+    if MERGES not in files:
+        tokenizer = SimpleTokenizer()
+    else:
         with tempfile.TemporaryDirectory() as folder:
             merges = Path(folder) / "merges.txt"
-            merges.write_text(files[MERGES], encoding="utf-8")
             try:
+                merges.write_text(files[MERGES], encoding="utf-8")
                 tokenizer = SimpleTokenizer(merges)
             except ValueError as error:
                 raise ValueError(f"{where / MERGES} is not a list of BPE pairs.") from error
     vocab, added = (_check_ids(where / name, files.get(name, {})) for name in TOKENIZER_FILES[:2])
-    if vocab and (strange := sorted(set(tokenizer.encoder.items()) ^ set(vocab.items()))):
+    if vocab and vocab != tokenizer.encoder:
+        strange = sorted(set(tokenizer.encoder.items()) ^ set(vocab.items()))
         raise ValueError(
             f"{where / TOKENIZER_FILES[0]} contradicts {where / MERGES}: {len(strange)} tokens "
-            f"have other ids, for example {strange[0][0]!r}."
+            f"have other ids, for example {strange[0][0]!r:.200}."
         )
     tokenizer.add_tokens(sorted(added, key=added.get))
     if wrong := [token for token, n in added.items() if tokenizer.encoder[token] != n]:
         raise ValueError(
-            f"{where / TOKENIZER_FILES[1]} gives {wrong[0]!r} the id {added[wrong[0]]}, but the "
-            f"next free id is {tokenizer.encoder[wrong[0]]}."
+            f"{where / TOKENIZER_FILES[1]} gives {wrong[0]!r:.200} the id {added[wrong[0]]}, but "
+            f"the next free id is {tokenizer.encoder[wrong[0]]}."
         )
     if len(tokenizer.vocab) > config.vocab_size:
         raise ValueError(
@@ -347,9 +395,9 @@ def _check_ids(path, data):
 
 
 def _read_text(path, data, where, files):
-    fields = _read_fields(path, data, TEXT, TextConfig)
-    if fields["width"] % fields["heads"]:
-        raise _make_error(path, "num_attention_heads", fields["heads"], "a divisor of hidden_size")
+    found = _read_fields(path, data, TEXT, TextConfig, BOUNDS)
+    if found["width"] % found["heads"]:
+        raise _make_error(path, "num_attention_heads", found["heads"], "a divisor of hidden_size")
     activations = ACTIVATIONS | {"gelu_new": "gelu_tanh"}
     activation = _translate_choice(
         path, "hidden_act", data.get("hidden_act", "quick_gelu"), activations
@@ -360,63 +408,105 @@ def _read_text(path, data, where, files):
             pad = files[name].get("pad_token") or "<|endoftext|>"
             pad = pad.get("content") if isinstance(pad, dict) else pad
             pad_token = _translate_choice(where / name, "pad_token", pad, PAD_TOKENS)
-    return TextConfig(**fields, activation=activation, pad_token=pad_token)
+    return TextConfig(**found, activation=activation, pad_token=pad_token)
+
+
+def _join_stages(data):
+    """Returns the config of a UNet with one value for each list of `PER_STAGE` of equal ones."""
+    widths = data.get("block_out_channels")
+    stages = len(widths) if isinstance(widths, list) else 0
+    joined = {
+        key: data[key][0]
+        for key in PER_STAGE
+        if isinstance(data.get(key), list) and data[key] and data[key] == data[key][:1] * stages
+    }
+    return data | joined
+
+
+def _check_groups(path, found):
+    if any(width % found["groups"] for width in found["widths"]):
+        supported = "a divisor of each of block_out_channels"
+        raise _make_error(path, "norm_num_groups", found["groups"], supported)
 
 
 def _read_unet(path, data, cell_size):
     """Returns the `UNetConfig`, and the side of the latents that it was trained with."""
-    fields = _read_fields(path, data, UNET, UNetConfig)
-    widths = fields["widths"]
+    found = _read_fields(path, data, UNET, UNetConfig, BOUNDS)
+    widths = found["widths"]
     # diffusers' name is misleading: "attention_head_dim" is the number of heads, not their width.
     heads = data.get("attention_head_dim", 8)
     heads = [heads] * len(widths) if isinstance(heads, int) else heads
-    good = isinstance(heads, list) and len(heads) == len(widths)
-    if not good or any(type(n) is not int or n < 1 or w % n for n, w in zip(heads, widths)):  # noqa: B905
+    bad = find_expected(heads, tuple[int, ...], BOUNDS["heads"]) or len(heads) != len(widths)
+    if bad or any(width % n for n, width in zip(heads, widths, strict=True)):
         supported = f"an int or a list of {len(widths)}, which divide block_out_channels"
         raise _make_error(path, "attention_head_dim", heads, supported)
     kinds = [down for down, _ in UNET_BLOCKS.values()]
     default = [kinds[0]] * (len(widths) - 1) + [kinds[1]]
     down = data.get("down_block_types", default)
-    if len(down) != len(widths) or not set(down) <= set(kinds):
+    if not isinstance(down, list) or len(down) != len(widths) or any(d not in kinds for d in down):
         supported = f"{len(widths)} of {', '.join(map(repr, kinds))}"
         raise _make_error(path, "down_block_types", down, supported)
     attention = tuple(name == kinds[0] for name in down)
     up = [UNET_BLOCKS[stage][1] for stage in reversed(attention)]
-    if (found := data.get("up_block_types", up)) != up:
-        raise _make_error(path, "up_block_types", found, f"{up}, to match down_block_types")
-    size = data.get("sample_size") or 64
-    if type(size) is not int or size < 1:
-        raise _make_error(path, "sample_size", size, "a positive int")
-    config = UNetConfig(
-        **fields,
-        heads=tuple(heads),
-        attention=attention,
-        **_read_own_fields(data, "norm_epsilon", "approximate_gelu"),
-        cell_size=cell_size,
-    )
+    if (other := data.get("up_block_types", up)) != up:
+        raise _make_error(path, "up_block_types", other, f"{up}, to match down_block_types")
+    middle = data.get("mid_block_type", MIDDLE)
+    if middle not in (MIDDLE, None):
+        raise _make_error(path, "mid_block_type", middle, f"{MIDDLE!r} or None")
+    size = 64 if data.get("sample_size") is None else data["sample_size"]
+    if expected := find_expected(size, int, (1, MOST_CELLS)):
+        raise _make_error(path, "sample_size", size, expected)
+    _check_groups(path, found)
+    with _naming(path):
+        config = UNetConfig(
+            **found,
+            heads=tuple(heads),
+            attention=attention,
+            middle=middle is not None,
+            **_read_own_fields(path, data, UNetConfig, "norm_epsilon", "approximate_gelu"),
+            cell_size=cell_size,
+        )
     return config, size
 
 
 def _read_vae(path, data):
-    fields = _read_fields(path, data, VAE, VAEConfig)
+    found = _read_fields(path, data, VAE, VAEConfig, BOUNDS)
     for key, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
-        types = [kind] * len(fields["widths"])
-        if (found := data.get(f"{key}_block_types", types)) != types:
-            raise _make_error(path, f"{key}_block_types", found, types)
-    return VAEConfig(**fields, **_read_own_fields(data, "norm_epsilon"))
+        types = [kind] * len(found["widths"])
+        if (other := data.get(f"{key}_block_types", types)) != types:
+            raise _make_error(path, f"{key}_block_types", other, types)
+    own = _read_own_fields(path, data, VAEConfig, "norm_epsilon")
+    _check_groups(path, found)
+    with _naming(path):
+        return VAEConfig(**found, **own)
 
 
 def _read_schedule(path, data):
     if data is None:  # the schedule of Stable Diffusion
         data = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         data["set_alpha_to_one"] = False
-    for key, choices in SCHEDULE_CHOICES.items():
-        _translate_choice(path, key, data.get(key, DEFAULTS[key]), dict.fromkeys(choices))
     to_one = data.get("set_alpha_to_one", data.get("_class_name") != "PNDMScheduler")
     if not isinstance(to_one, bool):
         raise _make_error(path, "set_alpha_to_one", to_one, "true or false")
-    fields = _read_fields(path, data, SCHEDULE, NoiseScheduler)
-    return NoiseScheduler(**fields, final_alpha=1.0 if to_one else None, clip_sample=False)
+    found = _read_fields(path, data, SCHEDULE, NoiseScheduler, noise_scheduler.BOUNDS)
+    if found["spacing"] == "leading" and not found["steps_offset"]:
+        found["steps_offset"] = 1  # as diffusers' pipeline reads it
+    with _naming(path):
+        return NoiseScheduler(**found, final_alpha=1.0 if to_one else None, clip_sample=False)
+
+
+def _read_sampler(path, data):
+    """Returns the `SamplerConfig`. An unknown class is no error: `samplers` tells of it."""
+    data = {"_class_name": SamplerConfig.scheduler} | data
+    found = _read_fields(path, data, SAMPLER, SamplerConfig, {})
+    for key, field in SAMPLER.items():
+        if found[field] is not None and not re.fullmatch(r"[\w+. -]{1,100}", found[field], re.A):
+            raise _make_error(path, key, found[field], "a name")
+    karras = data.get(KARRAS)
+    if not isinstance(karras, bool | None):
+        raise _make_error(path, KARRAS, karras, "true or false")
+    own = "linspace" if found["scheduler"] in LINSPACE and "timestep_spacing" not in data else None
+    return SamplerConfig(**found, spacing="karras" if karras else own)
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -448,11 +538,12 @@ def make_config_files(config, models, tokenizer) -> dict:
     files = {
         INDEX: {
             "_class_name": "StableDiffusionPipeline",
+            **VERSION,
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
+            "scheduler": ["diffusers", config.sampler.scheduler],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
@@ -470,13 +561,7 @@ def make_config_files(config, models, tokenizer) -> dict:
             "model_max_length": FIXED["text_encoder"]["max_position_embeddings"],
             **special,
         },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler",
-            **{key: getattr(schedule, field) for key, field in SCHEDULE.items()},
-            **FIXED["scheduler"],
-            "clip_sample": False,
-            "set_alpha_to_one": schedule.final_alpha is not None,
-        },
+        "scheduler/scheduler_config.json": _make_scheduler(schedule, config.sampler),
     }
     if added := tokenizer.vocab[end + 1 :]:
         ids = {token: n for n, token in enumerate(added, end + 1)}
@@ -497,17 +582,20 @@ def make_config_files(config, models, tokenizer) -> dict:
     if "unet" in present:
         files["unet/config.json"] = {
             "_class_name": "UNet2DConditionModel",
+            **VERSION,
             **{key: getattr(unet, field) for key, field in UNET.items()},
             **FIXED["unet"],
             "attention_head_dim": list(unet.heads),
             "down_block_types": [UNET_BLOCKS[stage][0] for stage in unet.attention],
             "up_block_types": [UNET_BLOCKS[stage][1] for stage in reversed(unet.attention)],
+            "mid_block_type": MIDDLE if unet.middle else None,
             "sample_size": config.size // unet.cell_size,
             **_list_departures(unet, "norm_epsilon", "approximate_gelu"),
         }
     if "vae" in present:
         files["vae/config.json"] = {
             "_class_name": "AutoencoderKL",
+            **VERSION,
             **{key: getattr(vae, field) for key, field in VAE.items()},
             **FIXED["vae"],
             "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
@@ -518,10 +606,30 @@ def make_config_files(config, models, tokenizer) -> dict:
     return files
 
 
+def _make_scheduler(schedule, sampler):
+    """Returns scheduler_config.json."""
+    data = {
+        "_class_name": sampler.scheduler,
+        **VERSION,
+        **{key: getattr(schedule, field) for key, field in SCHEDULE.items()},
+        **FIXED["scheduler"],
+        "clip_sample": False,
+        "set_alpha_to_one": schedule.final_alpha is not None,
+    }
+    if sampler.algorithm is not None:
+        data["algorithm_type"] = sampler.algorithm
+    if sampler.scheduler == "PNDMScheduler":
+        data["skip_prk_steps"] = True  # as Stable Diffusion has it
+    if sampler.spacing == "karras":
+        data[KARRAS] = True
+    if sampler.spacing == "linspace":  # the class' own, which is not the schedule's
+        del data["timestep_spacing"]
+    return data
+
+
 def _list_departures(config, *names):
     """Returns the fields for which diffusers has no key and whose values differ from it."""
-    original = _read_own_fields({}, *names)
-    return {n: getattr(config, n) for n in names if getattr(config, n) != original[n]}
+    return {n: getattr(config, n) for n in names if getattr(config, n) != DEFAULTS[n]}
 
 
 def drop_index(files):
@@ -535,6 +643,30 @@ def drop_index(files):
     index = files[INDEX]
     own = {INDEX: {GUIDANCE: index[GUIDANCE]}} if GUIDANCE in index else {}
     return {name: data for name, data in files.items() if name != INDEX} | own
+
+
+def make_folder_kind(name, files, recognize, rivals="") -> FolderKind:
+    """Returns the `FolderKind` of a format that has these files in `CONFIG_FOLDER`.
+
+    Args:
+        name: what errors call such a folder.
+        files: names of the files of parameters.
+        recognize: see `FolderKind`.
+        rivals: pattern of names of other formats' files, which a reader would load instead.
+    """
+    place = {name: f"{CONFIG_FOLDER}/{name}" for name in CONFIG_FILES}
+    return FolderKind(
+        name,
+        frozenset([*files, *place.values()]),
+        recognize,
+        # Without them the guidance scale is the default, and no tokens were added.
+        optional=frozenset([place[INDEX], place[ADDED]]),
+        rivals={
+            "": rf"{re.escape(INDEX)}|{rivals}",  # `open_checkpoint` tries diffusers' layout first
+            "unet": ".*",
+            f"{CONFIG_FOLDER}/tokenizer": re.escape(Path(FAST).name),
+        },
+    )
 
 
 def write_config_files(folder, files):

@@ -45,7 +45,7 @@ PUBLISHED = {  # name of the file: (repository on the hub, sha256)
 SCHEME = "hf://"
 TIMEOUT = 10.0  # seconds, for the list of a repository's files
 ADDRESS = re.compile(  # owner/name, @revision, /FILE
-    r"hf://([\w.-]+/[\w.-]+)(?:@([^@]+?))?(?:/([^@]+\.(?:safetensors|ckpt)))?"
+    r"hf://([\w.-]+/[\w.-]+)(?:@([^@]+?))?(?:/([^@]+\.(?i:safetensors|sft|ckpt|pt|pth|bin)))?"
 )
 BY_HAND = (
     "If you have the file already, put it under this name into a folder and pass weights=FOLDER, "

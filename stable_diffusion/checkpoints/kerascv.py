@@ -9,6 +9,7 @@ Neither format contains a config. The folders that this project writes have a su
 with diffusers' config files.
 """
 
+import os
 import re
 from collections import Counter
 from contextlib import contextmanager
@@ -18,23 +19,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import h5py
+import numpy as np
 from keras import ops
 
+from stable_diffusion.checkpoints.contents import check_file, describe_content, quote
 from stable_diffusion.checkpoints.diffusers_config import (
     CONFIG_FOLDER,
     drop_index,
     make_config_files,
+    make_folder_kind,
     read_config,
     read_config_files,
     read_tokenizer,
     write_config_files,
 )
 from stable_diffusion.checkpoints.hub import download_published
-from stable_diffusion.checkpoints.reader import Reader
-from stable_diffusion.checkpoints.tensors import fill_with_nan
+from stable_diffusion.checkpoints.reader import Reader, make_missing_error
+from stable_diffusion.checkpoints.tensors import fill_with_nan, is_finite, warn_about_values
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.config import COMPONENTS, SD1, SD2, Config
-from stable_diffusion.files import replace_file, replace_folder
+from stable_diffusion.files import find_file, list_files
+from stable_diffusion.replacing import replace_file, replace_folder
 
 V1_FILES = {
     "text_encoder": "kcv_encoder.h5",
@@ -71,16 +76,14 @@ LOOKS = (  # a shape that only one of the published files has, and that file
     ((3, 3, 3, 128), "vae_encoder.h5, the VAE's image encoder"),
 )
 OTHER_FORMATS = (".keras", ".weights.json")  # of Keras 3, which are not HDF5
+FLOAT_BYTES = (2, 4, 8)  # of the floats that numpy and all backends have
 MAX_DIFFERENCES = 10
+HDF5_OVERHEAD, HDF5_OVERHEAD_EACH = 1 << 16, 1 << 12  # bytes of a file, and of each tensor, at most
 MAX_LISTED = 100_000  # names of layers or tensors; Stable Diffusion has a few hundred
 
 
 class KerasCVFiles(Reader):
-    """Loads each component from one .h5 file. Subclasses find the file.
-
-    The file is found before the component is built, so that an error about a missing file comes at
-    once.
-    """
+    """Loads each component from one .h5 file. Subclasses find the file."""
 
     loads = True
 
@@ -91,10 +94,6 @@ class KerasCVFiles(Reader):
             ValueError: there is no such file.
         """
         raise NotImplementedError
-
-    def build(self, component, make):
-        self.find_component(component)
-        return super().build(component, make)
 
     def load(self, component, model):
         model.load_weights(self.find_component(component))
@@ -139,7 +138,7 @@ class KerasCVFolder(KerasCVFiles):
     @staticmethod
     def recognize(path):
         """Returns whether a path is a folder in one of these formats."""
-        return path.is_dir() and any(path.glob("*.h5"))
+        return any(name.endswith(".h5") for name in list_files(path))
 
     def __init__(self, folder, config):
         self.folder = Path(folder)
@@ -147,7 +146,7 @@ class KerasCVFolder(KerasCVFiles):
             raise ValueError(f"There is no folder {self.folder}.")
         has = {
             version: any(
-                (self.folder / files[component]).is_file()
+                find_file(self.folder, files[component])
                 for component in COMPONENTS
                 if component in files
             )
@@ -158,26 +157,54 @@ class KerasCVFolder(KerasCVFiles):
             }.items()
         }
         v2 = has["2"] if has["1"] != has["2"] else config.unet.linear_projection
-        self.files = KERAS_FILES if has["keras"] else V2_FILES if v2 else V1_FILES
-        self.configs = read_config_files(self.folder / CONFIG_FOLDER)
-        if self.configs:
-            config = read_config(self.folder / CONFIG_FOLDER, self.configs)
+        self.names = KERAS_FILES if has["keras"] else V2_FILES if v2 else V1_FILES
+        self.files = read_config_files(self.folder, CONFIG_FOLDER)
+        if self.files:
+            config = read_config(self.folder / CONFIG_FOLDER, self.files)
         elif config in (SD1, SD2) and not has["keras"]:
             config = SD2 if v2 else SD1
         super().__init__(config)
 
     def tokenizer(self):
         """Returns the tokenizer in the subfolder `config`, or CLIP's if there is none."""
-        return read_tokenizer(self.folder / CONFIG_FOLDER, self.configs, self.config.text)
+        return read_tokenizer(self.folder / CONFIG_FOLDER, self.files, self.config.text)
+
+    def check(self, component):
+        """See `Reader.check`."""
+        self.find_component(component)
 
     def find_component(self, component):
-        path = self.folder / self.files[component]
-        if not path.is_file():
-            there = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
-            raise ValueError(
-                f"{self.folder} has no {path.name}, the file of the {component}. It has: {there}."
+        path = find_file(self.folder, self.names[component])
+        if path is None:
+            there = ", ".join(list_files(self.folder)) or "no files"
+            raise make_missing_error(
+                component,
+                f"{self.folder} has no {self.names[component]}, the file of the {component}. It "
+                f"has: {there}.",
             )
         return str(path)
+
+
+def find_folder_kind(config, format):
+    """Returns the `FolderKind` of one of the Keras formats.
+
+    Args:
+        config: the `Config` of the checkpoint, which decides KerasCV's names.
+        format: "keras" or "kerascv".
+    """
+    v2 = config.unet.linear_projection
+    files = KERAS_FILES if format == "keras" else V2_FILES if v2 else V1_FILES
+    # Of a folder with files of several of these formats, each program loads others.
+    known = {*KERAS_FILES.values(), *V1_FILES.values(), *V2_FILES.values()}
+    marks = KERAS_FILES.values() if format == "keras" else known - {*KERAS_FILES.values()}
+    return make_folder_kind(
+        {"keras": "folder of Keras' .weights.h5 files", "kerascv": "folder of KerasCV's files"}[
+            format
+        ],
+        files.values(),
+        lambda folder: any(find_file(folder, name) for name in marks),
+        "|".join(map(re.escape, ["diffusion_model.xml", *sorted(known - {*files.values()})])),
+    )
 
 
 def save_keras(folder, config, models, tokenizer=None, dtype=None):
@@ -199,8 +226,14 @@ def save_keras(folder, config, models, tokenizer=None, dtype=None):
 def save_kerascv(folder, config, models, tokenizer=None, dtype=None):
     """Writes a folder of .h5 files with KerasCV's names, which its models load.
 
-    Arguments and errors are those of `save_keras`.
+    Arguments and errors are those of `save_keras`; and KerasCV has no UNet that sees the guidance
+    scale.
     """
+    if config.unet.guidance_width:
+        raise ValueError(
+            "format must be 'diffusers', 'keras' or 'openvino', not 'kerascv': KerasCV has no "
+            "diffusion model with an embedding of the guidance scale."
+        )
     _save_folder(folder, config, models, tokenizer, dtype, "kerascv")
 
 
@@ -212,14 +245,23 @@ def _save_folder(folder, config, models, tokenizer, dtype, format):
             f"not {dtype!r}."
         )
     names = V2_FILES if config.unet.linear_projection else V1_FILES
-    with replace_folder(folder, CONFIG_FOLDER) as written:
+    with replace_folder(folder, find_folder_kind(config, format)) as written:
         files = make_config_files(config, models, tokenizer or SimpleTokenizer())
         write_config_files(written / CONFIG_FOLDER, drop_index(files))
         for component, model in models.items():
             if format == "kerascv":
                 save_legacy(model, written / names[component])
             else:
+                _check_space(model, written / KERAS_FILES[component])
                 model.save_weights(written / KERAS_FILES[component])
+
+
+def _check_space(model, path):
+    """Raises an OSError unless the disk has room for a file: HDF5 can crash on a full disk."""
+    sizes = [4 * prod(variable.shape) + HDF5_OVERHEAD_EACH for variable in model.weights]
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, HDF5_OVERHEAD + sum(sizes))
 
 
 def save_legacy(model, path):
@@ -233,7 +275,13 @@ def save_legacy(model, path):
 
     Reference: `save_weights_to_hdf5_group` in Keras 2's keras/saving/legacy/hdf5_format.py.
     """
-    with replace_file(path) as written, h5py.File(written, "w") as file:
+    with replace_file(path) as written:
+        _check_space(model, written)
+        _write_legacy(model, written)
+
+
+def _write_legacy(model, path):
+    with h5py.File(path, "w") as file:
         layers = [layer for layer in model.layers if layer.weights]
         file.attrs["layer_names"] = [layer.name.encode() for layer in layers]
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
@@ -259,7 +307,11 @@ def load_h5(model, path, load, **kwargs):
     Raises:
         ValueError: the file is truncated, corrupt or of another model; the message names the file
             and says what differs.
+
+    Warns:
+        UserWarning: some parameters are NaN or infinite.
     """
+    check_file(path)
     if is_legacy(path):
         return load_legacy(model, path)
     if not str(path).endswith(OTHER_FORMATS):
@@ -269,21 +321,24 @@ def load_h5(model, path, load, **kwargs):
     except Exception as error:  # Keras raises many types
         fill_with_nan(model.weights)
         raise ValueError(
-            f"{path} can't be loaded: {error} All parameters of the model {model.name!r} are NaN "
-            f"now; load it again from another file."
+            f"{path} can't be loaded: {quote(str(error))} All parameters of the model "
+            f"{model.name!r} are NaN now; load it again from another file."
         ) from error
+    bad = [v.path for v in model.weights if not is_finite(ops.convert_to_numpy(v))]
+    warn_about_values(path, model.name, bad)
 
 
 def _compare_shapes(model, path):
     """Raises a ValueError unless a .weights.h5 has as many tensors of each shape as the model.
 
-    Tensors of an optimizer do not count. Keras saves them with those of a compiled model.
+    Tensors of an optimizer do not count. Keras saves them with those of a compiled model, also
+    with those of one that is a layer of another.
     """
     shapes = []
 
     def note(name, item):
         shape = getattr(item, "shape", None)  # a group has none
-        if shape is not None and not name.startswith("optimizer/"):
+        if shape is not None and "/optimizer/" not in f"/{name}":
             shapes.append(shape)
 
     with _open_h5(path) as file, _explain_errors(path):
@@ -346,17 +401,24 @@ def load_legacy(model, path):
             for (_, variables), (_, tensors) in zip(ours, theirs, strict=True)
             for variable, tensor in zip(variables, tensors, strict=True)
         ]
+        bad = []  # names of tensors with values that are not finite
         for i, (variable, name, dataset) in enumerate(pairs):
             try:
-                variable.assign(dataset[()])
+                value = dataset[()]
+                with np.errstate(over="ignore"):
+                    variable.assign(value)
+                    if not is_finite(value.astype(variable.dtype, copy=False)):
+                        bad.append(name)
             except BaseException as error:  # also Ctrl-C
                 fill_with_nan(variable for variable, *_ in pairs[: i + 1])
-                if not isinstance(error, OSError):
+                if not isinstance(error, Exception):
                     raise
                 raise ValueError(
-                    f"{path} is corrupt: {name} can't be read ({error}). Parameters of the model "
-                    f"{model.name!r} are NaN now; load it again from another file."
+                    f"{path} is corrupt: {quote(name)} can't be read ({quote(str(error))}). "
+                    f"Parameters of the model {model.name!r} are NaN now; load it again from "
+                    f"another file."
                 ) from error
+    warn_about_values(path, model.name, bad)
 
 
 @contextmanager
@@ -364,8 +426,8 @@ def _explain_errors(path):
     """Turns an error that h5py raises about an open file into a ValueError that names the file."""
     try:
         yield
-    except (OSError, RuntimeError, LookupError, TypeError, UnicodeError) as error:
-        why = str(error.args[0] if error.args else error).rstrip(".")
+    except (OSError, RuntimeError, LookupError, TypeError, UnicodeError, SystemError) as error:
+        why = quote(str(error.args[0] if error.args else error)).rstrip(".")
         raise ValueError(f"{path} is corrupt: {why}.") from error
 
 
@@ -373,20 +435,14 @@ def _open_h5(path):
     """Opens an HDF5 file.
 
     Raises:
-        ValueError: the file is missing, truncated or not HDF5.
+        ValueError: the file is missing, truncated or not HDF5; or it has tensors or links that lead
+            to other files, or floats of an odd size.
     """
-    path = Path(path)
-    if not path.is_file():
-        wrong = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"path must be that of a .h5 file, but {path} {wrong}.")
+    check_file(path)
     try:
         if not h5py.is_hdf5(path):
-            with path.open("rb") as file:
-                start = file.read(24)
-            raise ValueError(
-                f"{path} is not an HDF5 file: its {path.stat().st_size} bytes begin with {start!r}."
-            )
-        return h5py.File(path, "r")
+            raise ValueError(f"{path} is not an HDF5 file: it is {describe_content(path)}.")
+        file = h5py.File(path, "r")
     except OSError as error:
         sizes = re.search(r"truncated file: eof = (\d+).* stored_eof = (\d+)", str(error))
         if sizes is None:
@@ -394,6 +450,35 @@ def _open_h5(path):
         raise ValueError(
             f"{path} is truncated: it has {sizes[1]} of {sizes[2]} bytes. Copy it again."
         ) from error
+    try:
+        with _explain_errors(path):
+            _check_objects(file)
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def _check_objects(file):
+    """Raises a LookupError if a file has something that no program writes for parameters.
+
+    HDF5 lets a tensor or link lead to any other file on the computer.
+    """
+
+    def check_link(name, link):
+        if isinstance(link, h5py.ExternalLink):
+            return f"{quote(name)} is a link to another file, {quote(link.filename)}"
+
+    def check_object(name, item):
+        if isinstance(item, h5py.Dataset):
+            if item.external or item.is_virtual:
+                return f"{quote(name)} is stored in another file"
+            if item.dtype.kind == "f" and item.dtype.itemsize not in FLOAT_BYTES:
+                return f"{quote(name)} has floats of {8 * item.dtype.itemsize} bits"
+
+    # The first result ends the visit. An exception in a function that HDF5 calls is not safe.
+    if found := file.visititems_links(check_link) or file.visititems(check_object):
+        raise LookupError(found)
 
 
 def _find_layers(file):
@@ -417,7 +502,10 @@ def _read_names(group, attribute):
         if (count := prod(group.attrs.get_id(chunk).shape)) > MAX_LISTED:
             raise LookupError(f"{chunk} has {count:,} names")  # before they fill the memory
         names += list(group.attrs[chunk])
-    return [name.decode() if isinstance(name, bytes) else name for name in names]
+    names = [name.decode() if isinstance(name, bytes) else name for name in names]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise LookupError(f"{attribute} has {quote(wrong[0])}, which is no name")
+    return names
 
 
 def _read_layers(file, path):
@@ -425,12 +513,28 @@ def _read_layers(file, path):
     root = _find_layers(file)
     if root is None:
         raise ValueError(f"{path} is not in Keras 2's legacy layout: it has no list of layers.")
-    layers = [(name, root[name]) for name in _read_names(root, "layer_names")]
     layers = [
-        (layer, [(name, group[name]) for name in _read_names(group, "weight_names")])
+        (name, _find_member(root, name, h5py.Group)) for name in _read_names(root, "layer_names")
+    ]
+    layers = [
+        (
+            layer,
+            [
+                (name, _find_member(group, name, h5py.Dataset))
+                for name in _read_names(group, "weight_names")
+            ],
+        )
         for layer, group in layers
     ]
     return [(layer, tensors) for layer, tensors in layers if tensors]
+
+
+def _find_member(group, name, kind):
+    """Returns a group or dataset of a group; a LookupError says if it is of the other kind."""
+    member = group[name]
+    if not isinstance(member, kind):
+        raise LookupError(f"{quote(name)} is a {type(member).__name__}, not a {kind.__name__}")
+    return member
 
 
 def _compare_layers(model, ours, path, theirs):
@@ -439,7 +543,7 @@ def _compare_layers(model, ours, path, theirs):
     for (_, variables), (_, tensors) in zip_longest(ours, theirs, fillvalue=("", [])):
         for variable, tensor in zip_longest(variables, tensors):
             left = f"{variable.path} {tuple(variable.shape)}" if variable is not None else "nothing"
-            right = f"{tensor[0]} {tensor[1].shape}" if tensor else "nothing"
+            right = f"{quote(tensor[0])} {tensor[1].shape}" if tensor else "nothing"
             if variable is None or not tensor or tuple(variable.shape) != tensor[1].shape:
                 differences.append(f"  {left} | {right}")
             elif tensor[1].dtype.kind != "f":

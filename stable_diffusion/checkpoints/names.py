@@ -1,5 +1,7 @@
 """Names of parameters that several formats share: tables from our names of layers to theirs."""
 
+from dataclasses import replace
+
 from stable_diffusion.checkpoints.layout import Layout
 
 TRANSFORMER = {  # in a spatial transformer; diffusers' and the original layout
@@ -29,3 +31,57 @@ CLIP = Layout(  # transformers' text encoder, in diffusers' and the original lay
     ignored=r"(text_model\.)?embeddings\.position_ids|logit_scale|text_projection\.weight",
     older=(("text_model.", ""),),  # the newest versions of transformers omit this prefix
 )
+MOST_LAYERS = 100  # of a text encoder
+
+
+def ignore_layers(layout, depth):
+    """Returns the layout of a text encoder of only `depth` layers, for files with more.
+
+    Some configs leave the last layer out, as models need that were trained so.
+    """
+    numbers = "|".join(map(str, range(depth, MOST_LAYERS)))
+    return replace(layout, ignored=rf"{layout.ignored}|.*(layers|resblocks)\.({numbers})\..*")
+
+
+_VAE = {
+    # The attention's projections are matrices in these files. They are 1x1 convolutions here, and
+    # in older files.
+    "within": {"norm": "group_norm", "attn": None, "to_out": "to_out.0"},
+    "matrices": r"mid_attn/.*to_\w+/kernel$",
+    "older": (
+        (".to_q.", ".query."),
+        (".to_k.", ".key."),
+        (".to_v.", ".value."),
+        (".to_out.0.", ".proj_attn."),
+    ),
+}
+VAE_LAYOUTS = {  # in diffusers' layout
+    "decoder": Layout(
+        names={
+            "post_quant_conv": "post_quant_conv",
+            "conv_in": "decoder.conv_in",
+            "mid_res_{i}": "decoder.mid_block.resnets.{i}",
+            "mid_attn": "decoder.mid_block.attentions.0",
+            "up_{i}_res_{j}": "decoder.up_blocks.{i}.resnets.{j}",
+            "up_{i}_upsample": "decoder.up_blocks.{i}.upsamplers.0.conv",
+            "conv_norm_out": "decoder.conv_norm_out",
+            "conv_out": "decoder.conv_out",
+        },
+        ignored=r"(encoder|quant_conv)\..*",
+        **_VAE,
+    ),
+    "image_encoder": Layout(
+        names={
+            "conv_in": "encoder.conv_in",
+            "down_{i}_res_{j}": "encoder.down_blocks.{i}.resnets.{j}",
+            "down_{i}_downsample": "encoder.down_blocks.{i}.downsamplers.0.conv",
+            "mid_res_{i}": "encoder.mid_block.resnets.{i}",
+            "mid_attn": "encoder.mid_block.attentions.0",
+            "conv_norm_out": "encoder.conv_norm_out",
+            "conv_out": "encoder.conv_out",
+            "quant_conv": "quant_conv",
+        },
+        ignored=r"(decoder|post_quant_conv)\..*",
+        **_VAE,
+    ),
+}

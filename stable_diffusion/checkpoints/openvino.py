@@ -18,19 +18,23 @@ import keras
 import numpy as np
 from keras import ops
 
+from stable_diffusion.checkpoints.contents import quote
 from stable_diffusion.checkpoints.diffusers_config import (
     CONFIG_FOLDER,
     drop_index,
     make_config_files,
+    make_folder_kind,
     read_config,
     read_config_files,
     read_tokenizer,
     write_config_files,
 )
-from stable_diffusion.checkpoints.reader import Reader, loaded_models
+from stable_diffusion.checkpoints.reader import Reader, loaded_models, make_missing_error
 from stable_diffusion.checkpoints.tensors import check_dtype
-from stable_diffusion.files import replace_folder
+from stable_diffusion.files import find_file
+from stable_diffusion.replacing import replace_folder
 
+TOKENS = 77  # of a context
 NEEDED = ("text_encoder", "diffusion_model", "decoder")  # the components that generate images
 
 
@@ -39,12 +43,13 @@ class CompiledModel:
 
     Args:
         path: path of the .xml file.
+        parameters: path of the .bin file.
 
     Raises:
         ValueError: OpenVINO cannot read the file, or it is not installed.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, parameters: str | Path):
         try:
             import openvino
         except ImportError as error:
@@ -54,9 +59,9 @@ class CompiledModel:
         self.path, self.name, self.core = path, path.stem, openvino.Core()
         self.shapes = self.compiled = None
         try:
-            self.graph = self.core.read_model(path)
+            self.graph = self.core.read_model(path, parameters)
         except RuntimeError as error:
-            raise ValueError(f"{path} can't be read by OpenVINO: {error}") from error
+            raise ValueError(f"{path} can't be read by OpenVINO: {quote(str(error))}") from error
 
     def compile(self, jit_compile=None):
         """Does nothing: OpenVINO compiles when it knows the shapes of the first inputs."""
@@ -106,33 +111,48 @@ class OpenVINOFolder(Reader):
         ValueError: the folder has no config. Method `build`: the folder has no such component.
     """
 
-    loads = True
+    loads, most_tokens = True, TOKENS
 
     @staticmethod
     def recognize(path):
         """Returns whether a path is a folder in this format."""
-        return (path / "diffusion_model.xml").is_file()
+        return find_file(path, "diffusion_model.xml") is not None
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.files = read_config_files(self.folder / CONFIG_FOLDER)
+        self.files = read_config_files(self.folder, CONFIG_FOLDER)
         super().__init__(read_config(self.folder / CONFIG_FOLDER, self.files))
 
     def tokenizer(self):
         """Returns the tokenizer in the subfolder `config`, or CLIP's if there is none."""
         return read_tokenizer(self.folder / CONFIG_FOLDER, self.files, self.config.text)
 
+    def find_files(self, component):
+        """Returns the paths of the two files of a component, None for one that is missing."""
+        return [find_file(self.folder, f"{component}.{suffix}") for suffix in ("xml", "bin")]
+
+    def check(self, component):
+        """See `Reader.check`."""
+        if None in self.find_files(component):
+            raise make_missing_error(
+                component,
+                f"{self.folder} has no {component}.xml and .bin. Folders for OpenVINO have only "
+                f"{', '.join(NEEDED)}, which generate images.",
+            )
+
     def build(self, component, make):
         """Returns the `CompiledModel` of a component."""
-        path = self.folder / f"{component}.xml"
-        if not path.is_file():
-            raise ValueError(
-                f"{self.folder} has no {path.name}. Folders for OpenVINO have only "
-                f"{', '.join(NEEDED)}, which generate images."
-            )
-        model = CompiledModel(path)
+        self.check(component)
+        model = CompiledModel(*self.find_files(component))
         loaded_models.add(model)
         return model
+
+
+OPENVINO_FOLDER = make_folder_kind(
+    "folder for OpenVINO",
+    [f"{component}.{suffix}" for component in NEEDED for suffix in ("xml", "bin")],
+    OpenVINOFolder.recognize,
+)
 
 
 def save_openvino(folder, config, models, tokenizer, dtype=None):
@@ -161,7 +181,7 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
     can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     dtype = dtype or ("bfloat16" if "BF16" in can else "float16")
 
-    with replace_folder(folder, CONFIG_FOLDER) as written:
+    with replace_folder(folder, OPENVINO_FOLDER) as written:
         size = models["decoder"].output_shape[1]
         files = make_config_files(replace(config, size=size), models, tokenizer)
         write_config_files(written / CONFIG_FOLDER, drop_index(files))
@@ -184,7 +204,9 @@ def _trace_graph(model):
     tensor = type(ops.convert_to_tensor(0.0))  # Keras has no public name for it
     types = {"float32": openvino.Type.f32, "int32": openvino.Type.i32}
     parameters = [
-        openvino.opset13.parameter([-1, *x.shape[1:]], types[x.dtype], name=x.name)
+        openvino.opset13.parameter(
+            [-1, *(n or TOKENS for n in x.shape[1:])], types[x.dtype], x.name
+        )
         for x in model.inputs
     ]
     inputs = [tensor(parameter.output(0)) for parameter in parameters]

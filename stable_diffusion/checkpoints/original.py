@@ -19,6 +19,7 @@ https://github.com/mlfoundations/open_clip (transformer.py).
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from stable_diffusion.checkpoints.diffusers_config import (
+    CONFIGS,
+    FOLDERS,
+    INDEX,
     MERGES,
     drop_index,
     make_config_files,
@@ -33,16 +37,15 @@ from stable_diffusion.checkpoints.diffusers_config import (
     read_tokenizer,
 )
 from stable_diffusion.checkpoints.layout import Layout
-from stable_diffusion.checkpoints.names import CLIP, TRANSFORMER
-from stable_diffusion.checkpoints.reader import Reader, check_components
+from stable_diffusion.checkpoints.names import CLIP, TRANSFORMER, VAE_LAYOUTS, ignore_layers
+from stable_diffusion.checkpoints.reader import Reader, check_components, make_missing_error
 from stable_diffusion.checkpoints.tensors import (
     SAFETENSORS_SUFFIX,
-    TORCH_SUFFIXES,
-    SafetensorsFiles,
-    TorchFile,
+    SUFFIXES,
     collect_tensors,
     guess_family,
     load_tensors,
+    open_tensors,
     save_safetensors,
 )
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
@@ -52,10 +55,17 @@ VAE = {
     "within": {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out", "attn": None},
     "residual": {"conv_shortcut": "nin_shortcut"},
     "prefix": "first_stage_model.",
+    "older": (  # diffusers' names, which some programs write among the original ones
+        ("attn_1.q.", "attn_1.to_q."),
+        ("attn_1.k.", "attn_1.to_k."),
+        ("attn_1.v.", "attn_1.to_v."),
+        ("attn_1.proj_out.", "attn_1.to_out.0."),
+    ),
 }
 LAYOUTS = {
     "diffusion_model": Layout(
         names={
+            "time_embedding_guidance": "time_embed.cond_proj",  # no program's: see `save_original`
             "time_embedding_1": "time_embed.0",
             "time_embedding_2": "time_embed.2",
             "conv_in": "input_blocks.0.0",
@@ -151,7 +161,20 @@ ROOTS = {  # one tensor of each component, and the prefixes that files put befor
             "text_model.",
         ),
     ),
-    "openclip": ("ln_final.weight", ("cond_stage_model.model.", "")),
+    "openclip": (
+        "ln_final.weight",
+        ("cond_stage_model.model.", "conditioner.embedders.0.model.", ""),
+    ),
+}
+VAE_BLOCKS = {  # a tensor of each block of a stage: in the original layout, and in diffusers'
+    "image_encoder": (
+        "encoder.down.{0}.block.{1}.conv2.weight",
+        "encoder.down_blocks.{0}.resnets.{1}.conv2.weight",
+    ),
+    "decoder": (
+        "decoder.up.{0}.block.{1}.conv2.weight",
+        "decoder.up_blocks.{0}.resnets.{1}.conv2.weight",
+    ),
 }
 CONFIG_KEY = "stable_diffusion.config"  # key of the metadata: JSON of diffusers' config files
 # Config files that are not stored: others imply them.
@@ -160,21 +183,34 @@ UNNEEDED = ("tokenizer/vocab.json", "tokenizer/tokenizer_config.json")
 # zeros.
 UNUSED = "cond_stage_model.model.transformer.resblocks.{}."
 V_KEYS = ("v_pred", "v-pred")  # an empty tensor with such a name marks a model that predicts v
+ZERO_SNR_KEYS = ("ztsnr",)  # and such a name one whose last timestep has no signal
+V_DEVIATION = 0.09  # see `_guess_prediction_type`
 
 
 def is_single_file(path):
-    """Returns whether a path is a file with a suffix of this format."""
-    return path.suffix in (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES) and path.is_file()
+    """Returns whether a path is one of a file, or of a pipe or device, which is refused later."""
+    return path.exists() and not path.is_dir()
+
+
+def find_only_file(names):
+    """Returns the name of the only file of tensors in a folder, or None.
+
+    Args:
+        names: names of the folder's files, relative to it. It must not be in diffusers' layout.
+    """
+    files = [name for name in names if "/" not in name and name.lower().endswith(SUFFIXES)]
+    return files[0] if len(files) == 1 and not {*CONFIGS, INDEX} & {*names} else None
 
 
 class SingleFile(Reader):
     """Reads a file in the original layout. It needs only the components that are used.
 
     Args:
-        path: path of a .safetensors file, or of a .ckpt file, which needs PyTorch.
+        path: path of a safetensors file, or of a file of PyTorch, which needs PyTorch.
         prediction_type: what the model predicts, "epsilon" or "v_prediction". None reads it from
-            the file's metadata, or from a .yaml file beside it with the same name; if neither
-            tells, it is "epsilon".
+            the file's metadata, from an empty tensor that is a mark, or from a .yaml file beside it
+            with the same name. If nothing tells, it is "epsilon" for Stable Diffusion 1, and a
+            guess for Stable Diffusion 2, with a warning.
         ema: whether to load the moving average of the diffusion model instead of its parameters.
 
     Attributes:
@@ -190,24 +226,26 @@ class SingleFile(Reader):
 
     def __init__(self, path: str | Path, prediction_type: str | None = None, ema: bool = False):
         self.path, self.ema = Path(path), ema
-        kind = TorchFile if self.path.suffix in TORCH_SUFFIXES else SafetensorsFiles
-        self.source = kind(self.path)
+        self.source = open_tensors(self.path)
         names = self.source.shapes
+        if "isn't supported" in (family := guess_family(names)):
+            raise ValueError(f"{path} can't be loaded.{family}")
         self.roots = self.find_roots(names)
         if all(root is None for root in self.roots.values()):
             raise ValueError(
                 f"{path} has no component of a Stable Diffusion in the original layout: it has no "
                 f"tensor like {ROOTS['diffusion_model'][1][0]}{ROOTS['diffusion_model'][0]}."
-                f"{guess_family(names)}"
+                f"{family}"
             )
-        if "isn't supported" in (family := guess_family(names)):
-            raise ValueError(f"{path} can't be loaded.{family}")
         if ema and not any(name.startswith("model_ema.") for name in names):
             raise ValueError(f"{path} has no moving average: it has no tensors model_ema.*.")
         self.files = _read_metadata(self.source)
-        config = read_config(self.path, self.files) if self.files else self._detect_config()
-        found = prediction_type or config.schedule.prediction_type
-        config = replace(config, schedule=replace(config.schedule, prediction_type=found))
+        if self.files:
+            config = read_config(self.path, self.files)
+            found = prediction_type or config.schedule.prediction_type
+            config = replace(config, schedule=replace(config.schedule, prediction_type=found))
+        else:
+            config = self._detect_config(prediction_type)
         super().__init__(config)
 
     @staticmethod
@@ -218,14 +256,12 @@ class SingleFile(Reader):
             for component, (name, roots) in ROOTS.items()
         }
 
-    def build(self, component, make):
-        """See `Reader.build`.
-
-        Raises:
-            ValueError: the file does not have the component, or its tensors do not fit.
-        """
+    def check(self, component):
+        """See `Reader.check`."""
         self._find_layout(component)
-        return super().build(component, make)
+        name = f"{FOLDERS[component]}/config.json"
+        if self.files and name not in self.files:
+            raise ValueError(f"{self.path}: {CONFIG_KEY} in its metadata has no {name}.")
 
     def load(self, component, model):
         """Loads the parameters of a component: all of them, or none and a ValueError."""
@@ -243,24 +279,29 @@ class SingleFile(Reader):
     def _find_layout(self, component):
         """Returns the layout of a component, with the prefix that it has in this file."""
         if component == "text_encoder":
+            depth = self.config.text.depth
             if self.roots["openclip"] is not None:
-                last = f"|transformer\\.resblocks\\.{self.config.text.depth}\\..*"  # see UNUSED
-                layout = replace(OPENCLIP_LAYOUT, ignored=OPENCLIP_LAYOUT.ignored + last)
+                layout = ignore_layers(OPENCLIP_LAYOUT, depth)  # see UNUSED
                 return replace(layout, prefix=self.roots["openclip"])
             root = self.roots["clip"]
             root = root and root.removesuffix("text_model.")
-            layout = CLIP_LAYOUT
+            layout = ignore_layers(CLIP_LAYOUT, depth)
         else:
             root = self.roots[component]
             layout = LAYOUTS[component]
+            if component in VAE_BLOCKS:
+                _, diffusers = VAE_BLOCKS[component]
+                if f"{root}{diffusers.format(0, 0)}" in self.source.shapes:
+                    layout = VAE_LAYOUTS[component]
         if root is None:
-            raise ValueError(
+            raise make_missing_error(
+                component,
                 f"{self.path} has no {component}: none of its tensors is a {layout.prefix}*."
-                f"{guess_family(self.source.shapes)}"
+                f"{guess_family(self.source.shapes)}",
             )
         return replace(layout, prefix=root)
 
-    def _detect_config(self):
+    def _detect_config(self, prediction_type=None):
         """Returns the config that the shapes of the tensors show, in the original dialect."""
         shapes, roots = self.source.shapes, self.roots
         projections = [len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")]
@@ -269,18 +310,30 @@ class SingleFile(Reader):
         try:
             unet = _detect_unet(shapes, roots["diffusion_model"], config.unet)
             text = _detect_text(shapes, roots, config.text)
+            _compare_widths(roots, unet, text)
             vae = _detect_vae(shapes, roots, config.vae)
         except KeyError as error:
             raise ValueError(
                 f"{self.path} is no Stable Diffusion 1 or 2: it has no {error}."
                 f"{guess_family(shapes)}"
             ) from error
-        predicted = _find_prediction_type(self.source, self.path)
-        schedule = replace(config.schedule, prediction_type=predicted)
-        size = (
-            768 if v2 and predicted == "v_prediction" else 512
-        )  # the sizes of the published models
-        return Config(text, unet, vae, schedule, size)
+        except ValueError as error:  # of a config
+            raise ValueError(
+                f"{self.path} has no model of this package: {error}{guess_family(shapes)}"
+            ) from error
+        marked = prediction_type or _find_prediction_type(self.source, self.path)
+        predicted = marked or "epsilon"
+        if v2 and not marked and unet.in_channels == 4 and roots["diffusion_model"] is not None:
+            predicted = _guess_prediction_type(self.source, roots["diffusion_model"])
+        schedule = replace(
+            config.schedule,
+            prediction_type=predicted,
+            zero_snr=any(key in shapes for key in ZERO_SNR_KEYS),
+        )
+        # The published models have latents of 64x64 cells, or of 96x96.
+        cells = 96 if v2 and predicted == "v_prediction" else 64
+        unet = replace(unet, cell_size=vae.cell_size)
+        return Config(text, unet, vae, schedule, cells * vae.cell_size)
 
 
 def save_original(
@@ -301,12 +354,16 @@ def save_original(
 
     Raises:
         ValueError: a component or dtype is unknown, the path has another suffix than .safetensors,
-            diffusers' config files cannot express the config, or `dtype` cannot hold the
-            parameters.
+            diffusers' config files cannot express the config, `dtype` cannot hold the parameters,
+            or the UNet sees the guidance scale, for which the layout has no name.
     """
-    if Path(path).suffix != SAFETENSORS_SUFFIX:
-        raise ValueError(f"The path of a single file must end in .safetensors, not {str(path)!r}.")
+    check_name(path)
     check_components(models)
+    if config.unet.guidance_width:
+        raise ValueError(
+            "format must be 'diffusers', 'keras' or 'openvino', not 'original': the layout has no "
+            "name for the guidance scale's embedding, which this diffusion model has."
+        )
     files = drop_index(make_config_files(config, models, tokenizer or SimpleTokenizer()))
     files = {name: data for name, data in files.items() if name not in UNNEEDED}
     if (
@@ -321,6 +378,12 @@ def save_original(
     last = {name: tensor for name, tensor in tensors.items() if name.startswith(used)}
     tensors |= {name.replace(used, unused): np.zeros_like(x) for name, x in last.items()}
     save_safetensors(path, tensors, {CONFIG_KEY: json.dumps(files)})
+
+
+def check_name(path):
+    """Raises a ValueError unless a path has the suffix that `save_original` needs."""
+    if Path(path).suffix != SAFETENSORS_SUFFIX:
+        raise ValueError(f"The path of a single file must end in .safetensors, not {str(path)!r}.")
 
 
 def find_slots(component, model, config):
@@ -355,8 +418,11 @@ def _read_metadata(source):
 
 
 def _find_prediction_type(source, path):
-    """Returns what the diffusion model predicts: from the metadata, a marker or a .yaml file."""
-    found = source.metadata.get("modelspec.predict_key", "")
+    """Returns what a file says that its diffusion model predicts, None if it says nothing.
+
+    The metadata say it, an empty tensor, or a .yaml file beside it.
+    """
+    found = source.metadata.get("modelspec.predict_key")
     found = source.metadata.get("modelspec.prediction_type", found)
     if any(key in source.shapes for key in V_KEYS):
         found = "v"
@@ -365,7 +431,26 @@ def _find_prediction_type(source, path):
         text = beside.read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE):
             found = match[1]
-    return "v_prediction" if found.startswith("v") else "epsilon"
+    return found and ("v_prediction" if found.startswith("v") else "epsilon")
+
+
+def _guess_prediction_type(source, root):
+    """Returns what a diffusion model of Stable Diffusion 2 predicts, and warns that it is a guess.
+
+    The biases of one normalisation vary more in the published models that predict v: with a
+    standard deviation of 0.2 or so, and 0.05 in the others. Other programs guess in this way, too.
+    """
+    pattern = re.escape(root) + r"output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias"
+    matches = filter(None, (re.fullmatch(pattern, name) for name in source.shapes))
+    last = max(matches, key=lambda match: int(match[1]), default=None)
+    deviation = np.std(source.read_tensor(last[0]), dtype="float64") if last else 0.0
+    guess = "v_prediction" if deviation > V_DEVIATION else "epsilon"
+    warnings.warn(
+        f"{source.path} does not say what it predicts. It is taken for {guess}; prediction_type= "
+        f"(in commands --prediction-type) says it.",
+        stacklevel=2,
+    )
+    return guess
 
 
 def _name_average(name):
@@ -420,24 +505,45 @@ def _detect_unet(shapes, root, like):
         widths=widths,
         heads=tuple(w // 64 for w in widths) if like.linear_projection else (8,) * len(widths),
         attention=tuple(stage[0][1] for stage in stages),
-        context_width=shapes[f"{root}middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        context_width=_find_context_width(shapes, root),
         res_blocks=len(stages[0]),
         in_channels=shapes[f"{root}input_blocks.0.0.weight"][1],
         out_channels=shapes[f"{root}out.2.weight"][0],
+        middle=f"{root}middle_block.0.in_layers.0.weight" in shapes,
     )
+
+
+def _find_context_width(shapes, root):
+    """Returns the width of the context, which every cross-attention shows."""
+    end = ".transformer_blocks.0.attn2.to_k.weight"
+    names = (name for name in shapes if name.startswith(root) and name.endswith(end))
+    return shapes[next(names, f"{root}*{end}")][-1]
+
+
+def _compare_widths(roots, unet, text):
+    """Raises a ValueError if a file has a UNet and a text encoder that do not fit each other."""
+    encoded = any(roots[kind] is not None for kind in ("clip", "openclip"))
+    if encoded and roots["diffusion_model"] is not None and unet.context_width != text.width:
+        raise ValueError(
+            f"the diffusion model attends to vectors of {unet.context_width} numbers, but the text "
+            f"encoder makes vectors of {text.width}."
+        )
 
 
 def _detect_vae(shapes, roots, like):
     """Returns the config of the VAE: from its encoder, or from its decoder if it has none."""
-    if (root := roots["image_encoder"]) is not None:
-        stages, latents = root + "encoder.down.{}.block.0.conv2.weight", "encoder.conv_out.weight"
-        blocks = _count_names(shapes, root + "encoder.down.0.block.{}.conv2.weight")
-        channels = shapes[root + latents][0] // 2  # means and variances
-    elif (root := roots["decoder"]) is not None:
-        stages = root + "decoder.up.{}.block.0.conv2.weight"
-        blocks = _count_names(shapes, root + "decoder.up.0.block.{}.conv2.weight") - 1
-        channels = shapes[root + "decoder.conv_in.weight"][1]
-    else:
+    half = "image_encoder" if roots["image_encoder"] is not None else "decoder"
+    if (root := roots[half]) is None:
         return like
-    widths = tuple(shapes[stages.format(i)][0] for i in range(_count_names(shapes, stages)))
-    return replace(like, widths=widths, res_blocks=blocks, latent_channels=channels)
+    ours, theirs = VAE_BLOCKS[half]
+    blocks = theirs if root + theirs.format(0, 0) in shapes else ours
+    stages = _count_names(shapes, root + blocks.replace("{1}", "0"))
+    widths = [shapes[root + blocks.format(i, 0)][0] for i in range(max(1, stages))]
+    res_blocks = _count_names(shapes, root + blocks.replace("{0}", "0").replace("{1}", "{}"))
+    if half == "image_encoder":
+        channels = shapes[root + "encoder.conv_out.weight"][0] // 2  # means and variances
+    else:
+        channels, res_blocks = shapes[root + "decoder.conv_in.weight"][1], res_blocks - 1
+        if "up_blocks" in blocks:  # which are numbered from the coarsest on
+            widths.reverse()
+    return replace(like, widths=tuple(widths), res_blocks=res_blocks, latent_channels=channels)

@@ -1,6 +1,8 @@
 """The base class of all readers of checkpoints, and `release`, which frees memory."""
 
 import gc
+from copy import copy
+from dataclasses import replace
 from weakref import WeakSet
 
 import keras
@@ -18,12 +20,16 @@ class Reader:
     Attributes:
         config: the `Config` of the checkpoint.
         loads: whether `load` loads parameters.
+        most_tokens: of a context that the UNet accepts; None for any number.
     """
 
-    loads = False
+    loads, most_tokens = False, None
 
     def __init__(self, config: Config):
         self.config = config
+
+    def check(self, component):
+        """Raises a ValueError if the checkpoint lacks a component. Builds and downloads nothing."""
 
     def build(self, component, make):
         """Returns a component with its parameters.
@@ -44,6 +50,7 @@ class Reader:
                 "OpenVINO's results in bfloat16. With float32 OpenVINO computes in bfloat16 where "
                 "the processor can."
             )
+        self.check(component)
         with uninitialized(self.loads):
             model = make(config=getattr(self.config, COMPONENTS[component]), download_weights=False)
         self.load(component, model)
@@ -57,6 +64,60 @@ class Reader:
     def tokenizer(self):
         """Returns the checkpoint's tokenizer."""
         return SimpleTokenizer()
+
+
+class OtherVAE(Reader):
+    """A checkpoint with the VAE of another one.
+
+    Args:
+        main: the `Reader` of the checkpoint.
+        vae: the `Reader` of the VAE. Its scaling factor counts if it has a config that says it.
+
+    Raises:
+        ValueError: the UNet predicts latents with another number of channels.
+    """
+
+    def __init__(self, main, vae):
+        unet, config = main.config.unet, vae.config.vae
+        if config.latent_channels != unet.out_channels:
+            raise ValueError(
+                f"vae must have latents of {unet.out_channels} channels, as the diffusion model, "
+                f"not of {config.latent_channels}."
+            )
+        if "scaling_factor" not in getattr(vae, "files", {}).get("vae/config.json", {}):
+            config = replace(config, scaling_factor=main.config.vae.scaling_factor)
+        size = main.config.size // unet.cell_size * config.cell_size
+        unet = replace(unet, cell_size=config.cell_size)
+        super().__init__(replace(main.config, unet=unet, vae=config, size=size))
+        self.main, self.vae, self.loads = main, vae, main.loads
+        if hasattr(main, "folder"):
+            self.folder = main.folder
+
+    def _find_source(self, component):
+        """Returns the reader of a component, with the config of both."""
+        source = copy(self.vae if COMPONENTS[component] == "vae" else self.main)
+        source.config = self.config
+        return source
+
+    def check(self, component):
+        """See `Reader.check`."""
+        self._find_source(component).check(component)
+
+    def build(self, component, make):
+        """See `Reader.build`."""
+        return self._find_source(component).build(component, make)
+
+    def tokenizer(self):
+        """Returns the tokenizer of the main checkpoint."""
+        return self.main.tokenizer()
+
+
+def make_missing_error(component, reason):
+    """Returns the error of a checkpoint that lacks a component, with what to do."""
+    advice = f"a checkpoint that has a {component}"
+    if COMPONENTS[component] == "vae":
+        advice = "the path of a VAE as vae= (in commands --vae)"
+    return ValueError(f"{reason} Pass {advice}.")
 
 
 def check_components(models):

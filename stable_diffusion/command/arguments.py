@@ -8,12 +8,27 @@ import argparse
 import math
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
 
 from stable_diffusion.command.terminal import print_message
 from stable_diffusion.version import __version__
 
-SAMPLERS = ("ddim", "dpmpp-2m", "unipc")
-SPACINGS = ("linspace", "leading", "trailing", "quadratic")
+AUTO = "auto"  # the sampler that the checkpoint names
+SAMPLERS = (
+    "ddim",
+    "ddpm",
+    "pndm",
+    "euler",
+    "euler-a",
+    "heun",
+    "dpmpp-2m",
+    "dpmpp-2m-sde",
+    "unipc",
+    "lcm",
+)
+NOISE_SOURCES = ("keras", "torch", "philox")
+PROMPT_SYNTAXES = ("webui",)
+SPACINGS = ("linspace", "leading", "trailing", "quadratic", "karras")
 DTYPES = ("float32", "float16", "bfloat16")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 FORMATS = {
@@ -23,6 +38,8 @@ FORMATS = {
     "keras": "a folder of Keras 3's .weights.h5",
     "kerascv": "a folder of .h5 files that KerasCV loads",
 }
+# A dot in a folder's name, as in my-model-v1.5, is no suffix. These are suffixes of files only.
+FILE_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".h5", ".keras", ".zip")
 TRAINED_PARAMETERS = ("all", "cross-attention")
 LORA_TARGETS = ("cross-attention", "attention", "transformers", "all")
 LORA_KEYS = ("kohya", "diffusers")
@@ -50,6 +67,48 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def add_checkpoint_options(parser):
+    """Adds the options of all commands that say how a checkpoint is read."""
+    parser.add_argument(
+        "--variant",
+        metavar="V",
+        type=parse_text,
+        help="which files of a folder in diffusers' layout to read, such as fp16, ema or non_ema "
+        "(default: the plain ones)",
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="FILE",
+        type=parse_text,
+        help="another VAE: a file, a folder in diffusers' layout, or hf://owner/name",
+    )
+    parser.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the model predicts, if the checkpoint does not say it",
+    )
+
+
+def add_clip_skip(add):
+    """Adds the option --clip-skip to a parser or a group of options, by its method `add`."""
+    add(
+        "--clip-skip",
+        metavar="N",
+        default=0,
+        type=make_number_type(int, 0, 99),
+        help="how many of the text encoder's last layers to leave out: the web interfaces' number "
+        "minus 1 (default: 0)",
+    )
+
+
+def open_with_options(args, weights, **options):
+    """Opens a checkpoint with the options of `add_checkpoint_options`."""
+    from stable_diffusion.checkpoints import open_checkpoint
+
+    known = {"variant": args.variant, "vae": args.vae, "prediction_type": args.prediction_type}
+    return open_checkpoint(weights, **known, **options)
+
+
 def make_number_type(kind, low, high=math.inf):
     """Returns a type of arguments: an int or a float (`kind`) from `low` to `high`."""
 
@@ -69,7 +128,16 @@ def parse_text(argument):
     try:
         argument.encode()
     except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"{argument!a} is not in UTF-8") from error
+        raise argparse.ArgumentTypeError(f"{argument!a:.200} is not in UTF-8") from error
+    return argument
+
+
+def parse_sampler(argument):
+    """Parses the name of a sampler; a misspelt one is told with the nearest."""
+    known = (AUTO, *SAMPLERS)
+    if argument not in known and (near := get_close_matches(argument, known, 1, 0.4)):
+        message = f"there is no sampler {argument!r:.200}; did you mean {near[0]!r}?"
+        raise argparse.ArgumentTypeError(message)
     return argument
 
 

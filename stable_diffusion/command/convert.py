@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+from stable_diffusion.command import arguments
 from stable_diffusion.command.arguments import (
     DTYPES,
-    FORMATS,
-    PREDICTION_TYPES,
+    FILE_SUFFIXES,
     Parser,
+    add_checkpoint_options,
+    open_with_options,
     parse_text,
 )
 from stable_diffusion.command.terminal import run_command, silence_tensorflow
@@ -16,9 +18,10 @@ NAME = "stable-diffusion-convert"
 USAGE = f"{NAME} IN OUT [options]"
 DESCRIPTION = """\
 Converts a checkpoint from any format that is read to any format that is written, and prints the
-path of the result. OUT appears whole or not at all.
+path of the result. OUT appears whole or not at all. In a folder that is a checkpoint of the same
+format, only the files of the format are replaced.
 """
-FORMAT_LINES = "\n".join(f"  {name:10} {what}" for name, what in FORMATS.items())
+FORMAT_LINES = "\n".join(f"  {name:10} {what}" for name, what in arguments.FORMATS.items())
 EPILOG = f"""\
 IN is what `StableDiffusion(weights=IN)` accepts: "emoji", which is part of the package; "sd1.4" or
 "sd2.1-base", which are downloaded; a folder in diffusers' layout or of .h5 files; a .safetensors or
@@ -34,7 +37,8 @@ examples:
   {NAME} hf://owner/name folder/ --lora style.safetensors:0.8
   KERAS_BACKEND=openvino {NAME} emoji folder/ --format openvino
 
-exit status: 0 done, 1 failed, 2 arguments or files that cannot be used, 130 interrupted
+exit status: 0 done, 1 failed, 2 arguments or files that cannot be used,
+130 interrupted, 143 ended by SIGTERM
 """
 
 
@@ -46,15 +50,11 @@ def get_parser():
     add("target", metavar="OUT", type=Path, help="a new folder, or a .safetensors file")
     add(
         "--format",
-        choices=FORMATS,
+        choices=arguments.FORMATS,
         help="default: original for a .safetensors file, diffusers for a folder",
     )
     add("--dtype", choices=DTYPES, help="of the parameters; default: as they are loaded, float32")
-    add(
-        "--prediction-type",
-        choices=PREDICTION_TYPES,
-        help="what the model predicts, if IN does not say it",
-    )
+    add_checkpoint_options(parser)
     add(
         "--ema",
         action="store_true",
@@ -80,21 +80,36 @@ def parse_lora(argument):
         return argument, 1.0  # the colon belongs to the path
 
 
+def choose_format(target):
+    """Returns the format that the name of the target means.
+
+    Raises:
+        ValueError: the name is that of a file of another format.
+    """
+    suffix = target.suffix.lower()
+    if suffix == ".safetensors":
+        return "original"
+    if suffix in FILE_SUFFIXES and not target.is_dir():
+        raise ValueError(f"OUT must be a folder or a .safetensors file, not {str(target)!r}")
+    return "diffusers"
+
+
 def convert_checkpoint(args):
     """Reads the checkpoint and writes it in the other format."""
+    format = args.format or choose_format(args.target)
     with silence_tensorflow():
         import keras
 
-        from stable_diffusion.checkpoints import open_checkpoint
+        from stable_diffusion.checkpoints import FORMATS, check_target
         from stable_diffusion.stable_diffusion import StableDiffusion
-    format = args.format or ("original" if args.target.suffix == ".safetensors" else "diffusers")
     policy = keras.config.dtype_policy()
     if args.dtype and format in ("keras", "kerascv"):
         keras.config.set_dtype_policy(args.dtype)  # these formats store what the models hold
     try:
-        checkpoint = open_checkpoint(
-            args.source, prediction_type=args.prediction_type, ema=args.ema
-        )
+        checkpoint = open_with_options(args, args.source, ema=args.ema)
+        check_target(args.target, format, checkpoint.config)
+        for component in FORMATS[format].components:
+            checkpoint.check(component)
         model = StableDiffusion(jit_compile=False, weights=checkpoint)
         for path, scale in map(parse_lora, args.lora):
             model.load_lora(path, scale)

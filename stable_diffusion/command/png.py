@@ -1,8 +1,9 @@
 """Images as PNG files, with text that says how they were generated."""
 
+import hashlib
 from pathlib import Path
 
-from stable_diffusion.files import replace_file
+from stable_diffusion.replacing import replace_file
 
 
 def write_png(path, pixels, text):
@@ -26,21 +27,33 @@ def read_text(path: str | Path) -> dict[str, str]:
     """Returns the text of a PNG, as `write_png` stores it.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or not a PNG.
+        ValueError: there is no such file, or it is damaged, not a PNG, or has more pixels than
+            `images.MAX_PIXELS`, which are not decoded.
     """
-    from PIL import Image
+    from stable_diffusion.images import open_bounded
 
     try:
-        with Image.open(path) as image:
+        with open_bounded(path) as image:
             image.load()  # a PNG may have text after its pixels, and may end too early
             return dict(image.text)
-    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+    # Pillow raises errors of many types for broken files.
+    except Exception as error:
         raise ValueError(f"{path} is not an intact PNG: {error}") from error
 
 
-def is_generated(path, text):
-    """Tells whether a file is an intact PNG with this text and no other."""
+def hash_file(path: str | Path) -> str:
+    """Returns the SHA-256 of a file that an image is generated from, as its PNG says it.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def is_generated(path, text, ignored=()):
+    """Tells whether a file is an intact PNG with this text and no other but that of some keys."""
     try:
-        return read_text(path) == text
+        found = read_text(path)
+        return {key: value for key, value in found.items() if key not in ignored} == text
     except ValueError:
         return False

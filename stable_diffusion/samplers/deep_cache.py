@@ -1,8 +1,10 @@
 """DeepCache: the UNet's deep features change little between steps, and are used again."""
 
 import keras
+import numpy as np
 
 from stable_diffusion.block import cut_model
+from stable_diffusion.checks import check_int
 from stable_diffusion.diffusion_model import DiffusionModel
 
 
@@ -11,7 +13,8 @@ class DeepCache:
 
     What the finest stage gets from below is that of the last whole run. A new object starts with
     one: make one for each batch of images. The whole UNet also runs where the size of the batch
-    changes, as it does where guidance begins or ends.
+    changes, as it does where guidance begins or ends. It may see two contexts of different lengths
+    in a step: each has features of its own.
 
     Args:
         model: the `DiffusionModel`. Its parameters are shared, not copied.
@@ -29,23 +32,23 @@ class DeepCache:
     """
 
     def __init__(self, model, every):
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"deep_cache must be an int of at least 1, not {every!r}.")
-        self.every, self.step, self.whole_step, self.deep, self.whole = every, 0, None, None, model
-        if every > 1:
+        self.every, self.whole = check_int("deep_cache", every), model
+        self.step, self.whole_step, self.deep = 0, None, {}
+        if self.every > 1:
             self.whole, self.shallow = cut_model(model, _cut_finest_stage)
 
     def predict_on_batch(self, inputs):
         """Predicts as the model does, `inputs` a list of latent, embedding and context."""
         if self.every == 1:
             return self.whole.predict_on_batch(inputs)
-        unusable = self.deep is None or len(self.deep) != len(inputs[0])
-        if unusable or self.step - self.whole_step >= self.every:
+        shape = np.shape(inputs[2])[:2]
+        if shape not in self.deep or self.step - self.whole_step >= self.every:
+            self.deep = self.deep if self.step == self.whole_step else {}
             self.whole_step = self.step
         if self.step == self.whole_step:
-            output, self.deep = self.whole.predict_on_batch(inputs)
+            output, self.deep[shape] = self.whole.predict_on_batch(inputs)
         else:
-            output = self.shallow.predict_on_batch([*inputs, self.deep])
+            output = self.shallow.predict_on_batch([*inputs, self.deep[shape]])
         return output
 
 

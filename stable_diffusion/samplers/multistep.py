@@ -1,6 +1,6 @@
-"""Multistep solvers of the diffusion ODE: DPM-Solver++(2M) and UniPC.
+"""Multistep solvers of the diffusion equation: DPM-Solver++(2M), with noise or without, and UniPC.
 
-Both follow the same equation. With λ = log(√alpha / √(1 - alpha)), half the logarithm of the signal
+All follow the same equation. With λ = log(√alpha / √(1 - alpha)), half the logarithm of the signal
 to noise ratio, which grows by h from one noise level to the next,
 
     latent' = √((1 - alpha') / (1 - alpha)) latent + √alpha' (1 - e⁻ʰ) x0
@@ -9,6 +9,9 @@ would be exact if the model predicted the same x0 everywhere in the step. It doe
 solver estimates the mean of x0 over the step from what the model predicted at earlier steps, and
 puts this mean in place of x0. The model runs once a step, as with DDIM, which is this equation with
 the x0 of the step's start.
+
+With noise, the equation is that of a process which forgets as much of its old noise in a step as it
+gets new noise, see `dpmpp_2m_sde`.
 """
 
 import math
@@ -23,7 +26,18 @@ def dpmpp_2m(denoise, latent, levels, next_noise):
     Reference: Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2. The first step and the
     last one are of first order, as in diffusers' `DPMSolverMultistepScheduler` with its defaults.
     """
-    return _solve(denoise, latent, levels, correct=False)
+    return _solve(denoise, latent, levels)
+
+
+def dpmpp_2m_sde(denoise, latent, levels, next_noise):
+    """Samples with SDE-DPM-Solver++(2M): as `dpmpp_2m`, with new noise in each step but the last.
+
+    Reference: Lu et al. 2022, https://arxiv.org/abs/2211.01095, section 5, second order. The first
+    step and the last one are of first order, as in diffusers' `DPMSolverMultistepScheduler` with
+    algorithm_type "sde-dpmsolver++". The web interfaces' "SDE" samplers take their noise from a
+    Brownian tree, so they draw other images from the same seed.
+    """
+    return _solve(denoise, latent, levels, next_noise=next_noise)
 
 
 def unipc(denoise, latent, levels, next_noise):
@@ -59,14 +73,21 @@ class _Step:
         # x0's change over the step, if it goes on as over the previous one.
         self.change = (x0 - previous.x0) / self.ratio if previous else 0.0
 
-    def _find_end(self, mean):
-        """Returns the latent at the end, for x0's mean over the step."""
+    def _find_end(self, mean, noise=None):
+        """Returns the latent at the end, for x0's mean over the step, and new noise if any."""
         kept = ((1 - self.alpha_next) / (1 - self.alpha)) ** 0.5
-        return kept * self.start - self.alpha_next**0.5 * math.expm1(-self.h) * mean
+        if noise is None:
+            return kept * self.start - self.alpha_next**0.5 * math.expm1(-self.h) * mean
+        new = -math.expm1(-2 * self.h)  # the new noise's share of the noise's variance at the end
+        return (
+            kept * math.exp(-self.h) * self.start
+            + self.alpha_next**0.5 * new * mean
+            + ((1 - self.alpha_next) * new) ** 0.5 * noise
+        )
 
-    def predict_end(self):
-        """Returns the latent at the end, from x0 at the start and its last change."""
-        return self._find_end(self.x0 + self.change / 2)
+    def predict_end(self, noise=None):
+        """Returns the latent at the end, from x0 at the start, its last change and new noise."""
+        return self._find_end(self.x0 + self.change / 2, noise)
 
     def correct_end(self, x0_at_end):
         """Returns the latent at the end again, now that the x0 predicted there is known."""
@@ -81,7 +102,7 @@ class _Step:
         return self._find_end(self.x0 + expected * self.change + found * (x0_at_end - self.x0))
 
 
-def _solve(denoise, latent, levels, correct):
+def _solve(denoise, latent, levels, correct=False, next_noise=None):
     step = None
     for (timestep, alpha), (_, alpha_next) in zip(levels, levels[1:], strict=False):
         x0, _ = denoise(latent, alpha, timestep)
@@ -90,6 +111,6 @@ def _solve(denoise, latent, levels, correct):
         else:
             start = step.correct_end(x0) if correct and step else latent
             step = _Step(start, x0, alpha, alpha_next, step)
-            latent = step.predict_end()
+            latent = step.predict_end(next_noise() if next_noise else None)
         sent = yield timestep, latent, x0
         latent = latent if sent is None else sent

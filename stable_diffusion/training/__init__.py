@@ -3,6 +3,7 @@
 README.md beside this file is the guide.
 
     folder.py        lists a folder of images with captions
+    captions.py      reads metadata files and text files; finds captions that are too long
     cache.py         computes their latents and contexts once, and keeps them on disk
     data.py          makes batches: noisy latents, and the targets of the diffusion model
     methods.py       decides which parameters learn, and saves them; `METHODS` is the table

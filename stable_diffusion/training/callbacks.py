@@ -4,6 +4,7 @@ They count steps (batches) from the beginning of the run, even if it was stopped
 """
 
 import csv
+import math
 import signal
 import threading
 import time
@@ -15,9 +16,9 @@ import numpy as np
 from keras import ops
 from PIL import Image, ImageDraw
 
-from stable_diffusion.files import replace_file
+from stable_diffusion.replacing import replace_file
 from stable_diffusion.training.methods import Method
-from stable_diffusion.training.state import save_state
+from stable_diffusion.training.state import ADVICE, check_finite, save_state
 
 COLUMNS = ("step", "loss", "learning_rate", "images_per_second")
 CURVE = 640, 360  # pixels: width and height of the image
@@ -58,18 +59,21 @@ class SaveState(Steps):
         every: number of steps between two states.
         last_step: number of the last step.
         first_step: see `Steps`.
+        data: a hash of the data, see `save_state`.
 
     Attributes:
-        stop: whether the run stops after the present step. `stop_on_signals` sets it.
+        stop: whether the run stops after the present step: 0, or the number of the signal that
+            `stop_on_signals` got.
     """
 
-    def __init__(self, path: Path, every: int, last_step: int, first_step: int = 0):
+    def __init__(self, path: Path, every: int, last_step: int, first_step: int = 0, data: str = ""):
         super().__init__(first_step)
-        self.path, self.every, self.last_step, self.stop = path, every, last_step, False
+        self.path, self.every, self.last_step = path, every, last_step
+        self.data, self.stop = data, 0
 
     def at_step(self, step, logs):
         if step % self.every == 0 or step == self.last_step or self.stop:
-            save_state(self.path, self.model, step)
+            save_state(self.path, self.model, step, self.data)
         if self.stop:
             self.model.stop_training = True
 
@@ -82,7 +86,7 @@ def stop_on_signals(saver: SaveState):
     """
 
     def stop(number, frame):
-        saver.stop = True
+        saver.stop = number
         signal.signal(number, before[number])
 
     if threading.current_thread() is not threading.main_thread():
@@ -96,6 +100,22 @@ def stop_on_signals(saver: SaveState):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class StopAtNaN(Steps):
+    """Ends the run with an error at the first loss that is not finite.
+
+    Put it before `SaveState`, which saves only finite parameters.
+
+    Raises:
+        ValueError: the loss is not finite. It names the step.
+    """
+
+    def at_step(self, step, logs):
+        loss = float(logs["step_loss"])
+        if not math.isfinite(loss):
+            self.model.stop_training = True
+            raise ValueError(f"The loss of step {step} is {loss}. {ADVICE}")
 
 
 class Log(Steps):
@@ -141,17 +161,18 @@ class Log(Steps):
 def read_log(path: str | Path) -> list[dict]:
     """Returns the rows that `Log` wrote, as dicts of numbers; none if the file is missing.
 
-    Unfinished lines, which a killed run may have left, are skipped.
+    Damaged lines, such as an unfinished one that a killed run left, are skipped.
     """
     rows = []
     if Path(path).is_file():
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    numbers = {key: float(row[key]) for key in COLUMNS}
-                except (TypeError, ValueError):
-                    continue
-                rows.append(numbers | {"step": int(numbers["step"])})
+        for line in Path(path).read_text("utf-8", errors="replace").split("\n"):
+            try:
+                numbers = dict(zip(COLUMNS, map(float, line.split(",")), strict=True))
+                row = numbers | {"step": int(numbers["step"])}
+            except (ValueError, OverflowError):  # also the names of the columns
+                continue
+            if math.isfinite(row["loss"]):
+                rows.append(row)
     return rows
 
 
@@ -234,6 +255,7 @@ class Preview(Steps):
         """Generates the images for a step, and writes them."""
         variables = self.model.trainable_variables
         trained = [ops.convert_to_numpy(variable.value) for variable in variables]
+        check_finite({v.path: x for v, x in zip(variables, trained, strict=True)}, step)
         if step:
             self.model.optimizer.finalize_variable_values(variables)  # assigns averages
         self.method.update_pipeline()

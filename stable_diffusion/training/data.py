@@ -5,6 +5,7 @@ item's place in the run. So a batch is the same in a run that was stopped and go
 number of processes.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import keras
@@ -36,12 +37,26 @@ class Stream:
     weight: float = 1.0
 
 
+def hash_streams(streams: list[Stream]) -> str:
+    """Returns a hash of images and captions, which tells whether they have changed.
+
+    Args:
+        streams: list of `Stream`, whose examples have digests.
+    """
+    content = [
+        [(example.digest, example.captions, example.repeats) for example in stream.examples]
+        for stream in streams
+    ]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
 class NoisyLatents(keras.utils.PyDataset):
     """Makes batches `(inputs, targets, weights)` for the model of a `Method`.
 
     The inputs are a dict: `latent` `(B, h, w, C)`, `timestep_embedding` `(B, E)` and `context`
     `(B, 77, D)`; with `tokenize`, `tokens` and `positions` `(B, 77)` instead of `context`. The
-    targets are `(B, h, w, C)`, the weights in the loss `(B,)`. All images occur equally often.
+    targets are `(B, h, w, C)`, the weights in the loss `(B,)`. All images occur equally often,
+    or as often as their `repeats` say.
 
     Args:
         cache: the `Cache` with latents and contexts.
@@ -61,7 +76,8 @@ class NoisyLatents(keras.utils.PyDataset):
             batch.
 
     Raises:
-        ValueError: a number is out of range, or a batch cannot be divided among the processes.
+        ValueError: a number is out of range, a batch cannot be divided among the processes, or
+            `tokenize` finds a caption too long.
     """
 
     def __init__(
@@ -93,8 +109,17 @@ class NoisyLatents(keras.utils.PyDataset):
                 f"processes."
             )
         self.cache, self.streams, self.schedule = cache, streams, schedule
+        self.examples = [
+            [example for example in stream.examples for _ in range(example.repeats)]
+            for stream in streams
+        ]
+        if tokenize:
+            for text in {
+                text for stream in streams for e in stream.examples for text in e.captions
+            }:
+                tokenize(text)  # raises the error before the first step
         self.batch_size, self.seed, self.first_step = batch_size, seed, first_step
-        self.steps = steps or -(-len(streams[0].examples) // batch_size)
+        self.steps = steps or -(-len(self.examples[0]) // batch_size)
         self.dropout, self.offset, self.snr_gamma = dropout, offset, snr_gamma
         self.tokenize, self.process, self.epoch = tokenize, process, 0
 
@@ -138,7 +163,7 @@ class NoisyLatents(keras.utils.PyDataset):
 
     def _make_item(self, number, place):
         """Returns clean latent, noise, timestep and caption for a place in a stream."""
-        examples = self.streams[number].examples
+        examples = self.examples[number]
         turn, place_in_turn = divmod(place, len(examples))
         order = np.random.default_rng((self.seed, number, turn, 0)).permutation(len(examples))
         example = examples[order[place_in_turn]]
@@ -209,7 +234,7 @@ def compute_snr_weights(schedule: NoiseScheduler, timesteps, gamma=5.0):
     Reference: Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4.
     """
     alpha = schedule.alphas_cumprod[timesteps]
-    snr = alpha / (1 - alpha)
+    snr = np.maximum(alpha / (1 - alpha), np.finfo("float64").tiny)  # not 0 / 0 where alpha is 0
     own = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[schedule.prediction_type]
     return np.minimum(snr, gamma) / own
 

@@ -15,6 +15,7 @@ import keras
 
 PROCESSES = "KERAS_DISTRIBUTION_NUM_PROCESSES"
 KINDS = ("data", "model")
+TRAINING_BACKENDS = "tensorflow", "jax", "torch"
 # How the UNet's variables are divided among the devices on the axis "model" of the mesh: a pattern
 # of paths, and for each dimension of the variable the axis that divides it. Variables that match no
 # pattern are on every device. The method is Megatron's (Shoeybi et al. 2019,
@@ -36,6 +37,27 @@ UNET_LAYOUT = {
     r"time_embedding_1/bias": ("model",),
     r"time_embedding_2/kernel": ("model", None),
 }
+
+
+def check_backend():
+    """Raises a ValueError if the backend or TensorFlow's present strategy can't train.
+
+    TensorFlow would run the batches of `NoisyLatents` on every replica, or fail far from here.
+    """
+    backend = keras.backend.backend()
+    if backend not in TRAINING_BACKENDS:
+        raise ValueError(
+            f"Training needs KERAS_BACKEND={', '.join(TRAINING_BACKENDS[:-1])} or "
+            f"{TRAINING_BACKENDS[-1]}. With {backend} models only generate images."
+        )
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        if (count := tf.distribute.get_strategy().num_replicas_in_sync) > 1:
+            raise ValueError(
+                f"On TensorFlow training uses one device, not a strategy of {count} replicas. For "
+                f"several devices use the JAX backend, KERAS_BACKEND=jax, see `distribute_models`."
+            )
 
 
 def join_processes() -> tuple[int, int]:

@@ -21,8 +21,13 @@ from keras import layers, ops
 
 from stable_diffusion.adapters.embedding import add_token, save_embedding
 from stable_diffusion.adapters.lora import name_kernels, save_lora
+from stable_diffusion.checkpoints.kerascv import load_h5
+from stable_diffusion.checkpoints.tensors import cast_stored, check_dtype
+from stable_diffusion.checks import check_int
 from stable_diffusion.config import UNetConfig
 from stable_diffusion.training.data import NoisyLatents, StepLoss, denoising_loss
+from stable_diffusion.training.distribution import check_backend
+from stable_diffusion.training.optimizers import check_precision
 
 PARAMETERS = {  # of `Full`: patterns of the paths of variables that learn
     "all": r".*",
@@ -71,10 +76,39 @@ class Denoiser(keras.Model):
         `keras.utils.PyDataset` has methods for this, but Keras also calls them when it only
         inspects the first batch.
         """
+        check_backend()
         if isinstance(x, NoisyLatents):
             tell = keras.callbacks.LambdaCallback(on_epoch_begin=lambda n, _: x.set_epoch(n))
             callbacks = [tell, *(callbacks or [])]
         return super().fit(x, *args, callbacks=callbacks, **kwargs)
+
+    def load_weights(self, filepath, **kwargs):
+        """Loads like `keras.Model.load_weights`: all parameters, or none.
+
+        Raises:
+            ValueError: the file is damaged or of another model. The message says whether the model
+                is unchanged or not usable.
+        """
+        load_h5(self, filepath, super().load_weights, **kwargs)
+
+
+def check_trainable(config):
+    """Raises a ValueError if a model cannot be trained.
+
+    Its input is more than a latent, or it predicts noise where the schedule leaves no signal.
+    """
+    if config.unet.guidance_width:
+        raise ValueError(
+            "A model that sees the guidance scale, for few steps, can't be trained: its loss would "
+            "need the model that it was distilled from."
+        )
+    seen, channels = config.unet.in_channels, config.vae.latent_channels
+    if seen != channels:
+        raise ValueError(
+            f"Only models whose input is a latent of {channels} channels can be trained. This one "
+            f"has {seen}, like those for inpainting."
+        )
+    config.schedule.levels(1, "trailing")  # the last timestep, without a signal if any is
 
 
 class Method:
@@ -88,19 +122,15 @@ class Method:
         tokenize: the argument of that name for `NoisyLatents`.
 
     Raises:
-        ValueError: the UNet has other inputs than a noisy latent.
+        ValueError: the UNet has other inputs than a noisy latent, or the backend or TensorFlow's
+            strategy can't train.
     """
 
     tokenize = None
 
     def __init__(self, pipeline):
-        unet = pipeline.config.unet
-        if unet.in_channels != pipeline.config.vae.latent_channels:
-            raise ValueError(
-                f"Only models whose input is a latent of {pipeline.config.vae.latent_channels} "
-                f"channels can be trained. This one has {unet.in_channels}, like those for "
-                f"inpainting."
-            )
+        check_backend()
+        check_trainable(pipeline.config)
         self.pipeline = pipeline
 
     def compile(self, optimizer, **options) -> Denoiser:
@@ -109,7 +139,16 @@ class Method:
         Args:
             optimizer: a Keras optimizer.
             **options: passed to `keras.Model.compile`.
+
+        Raises:
+            ValueError: see `optimizers.check_precision`.
         """
+        optimizer = keras.optimizers.get(optimizer)
+        check_precision(optimizer, (v.dtype for v in self.model.trainable_variables))
+        # Keras wraps it in a LossScaleOptimizer for mixed_float16. If that one built it, Nadam's
+        # product would not be among its variables, and would be missing in the state of a run.
+        if not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
         self.model.compile(optimizer, loss=denoising_loss, weighted_metrics=[StepLoss()], **options)
         return self.model
 
@@ -160,7 +199,8 @@ class LoRA(Method):
     """Trains small matrices beside kernels of the UNet, with Keras' own `enable_lora`.
 
     A kernel W is replaced by W + alpha / rank * A B. At first A is random and B is zero, so the
-    first step starts with an unchanged model.
+    first step starts with an unchanged model. Files of Keras (`save_weights`, `ModelCheckpoint`,
+    `BackupAndRestore`) have the adapters, too.
 
     Args:
         pipeline: the `StableDiffusion`.
@@ -179,8 +219,7 @@ class LoRA(Method):
         super().__init__(pipeline)
         if targets not in TARGETS:
             raise ValueError(f"targets must be one of {_format_names(TARGETS)}, not {targets!r}.")
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be an int of 1 or more, not {rank!r}.")
+        rank = check_int("rank", rank)
         alpha = rank if alpha is None else alpha
         if not alpha > 0:
             raise ValueError(f"alpha must be above 0, not {alpha!r}.")
@@ -196,6 +235,7 @@ class LoRA(Method):
             path = layer.kernel.path
             if re.fullmatch(TARGETS[targets], path):
                 layer.enable_lora(rank, lora_alpha=alpha)
+                _keep_adapters(layer)
                 self.adapters[names[path]] = layer
         self.model = self._wrap_unet()
 
@@ -207,7 +247,7 @@ class LoRA(Method):
             keys, dtype: see `adapters.lora.save_lora`.
 
         Raises:
-            ValueError: see `adapters.lora.save_lora`.
+            ValueError: see `adapters.lora.save_lora`. Or every A and B is zero.
         """
         halves = {
             name: tuple(
@@ -216,6 +256,11 @@ class LoRA(Method):
             )
             for name, layer in self.adapters.items()
         }
+        if not any(np.any(half) for pair in halves.values() for half in pair):
+            raise ValueError(
+                "All adapters are zero, A and B, which no training does. Keras does it where it "
+                "adds them to the kernels. Nothing was written."
+            )
         save_lora(path, halves, self.alpha, keys, dtype)
 
 
@@ -230,18 +275,21 @@ class TextualInversion(Method):
         initializer: a known word. Its vectors are the first values; if it has fewer vectors than
             the new word, they are used again in the same order.
         vectors: number of vectors.
+        clip_skip: how captions are encoded, see `StableDiffusion.encode_text`.
 
     Raises:
-        ValueError: the token exists already, the initializer contains no word, or the number of
-            vectors is below 1.
+        ValueError: the token exists already, the initializer contains no word, the number of
+            vectors is below 1, or the text encoder has not so many layers.
 
     Reference: Gal et al. 2022, https://arxiv.org/abs/2208.01618, section 3.
     """
 
-    def __init__(self, pipeline, token: str, initializer: str, vectors: int = 1):
+    def __init__(
+        self, pipeline, token: str, initializer: str, vectors: int = 1, clip_skip: int = 0
+    ):
         super().__init__(pipeline)
-        if not isinstance(vectors, int) or vectors < 1:
-            raise ValueError(f"vectors must be an int of 1 or more, not {vectors!r}.")
+        vectors = check_int("vectors", vectors)
+        self.clip_skip = pipeline.check_clip_skip(clip_skip)
         pieces = pipeline.tokenizer.encode(initializer)[1:-1]
         if not pieces:
             raise ValueError(f"initializer must contain a word, not {initializer!r}.")
@@ -265,11 +313,11 @@ class TextualInversion(Method):
             tensor.name: keras.Input(tensor.shape[1:], dtype="int32", name=tensor.name)
             for tensor in encoder.inputs
         }
-        embedding, *rest = encoder.layers[len(encoder.inputs) :]
+        embedding, *rest, norm = encoder.layers[len(encoder.inputs) :]
         self.learned = LearnedTokens(embedding, self.ids[0], len(first), name="learned_tokens")
         x = self.learned(list(texts.values()))
         self.learned.vectors.assign(first)
-        for layer in rest:
+        for layer in [*rest[: len(rest) - self.clip_skip], norm]:
             x = layer(x)
         return Denoiser(inputs | texts, unet([*inputs.values(), x]), name="denoiser")
 
@@ -293,9 +341,13 @@ class TextualInversion(Method):
         Args:
             path: path of the file.
             dtype: "float32", "float16" or "bfloat16".
+
+        Raises:
+            ValueError: the dtype is unknown, or it cannot hold a value. Nothing is written then.
         """
-        vectors = ops.convert_to_numpy(self.learned.vectors.value).astype(dtype)
-        save_embedding(path, self.token, vectors)
+        check_dtype(dtype)
+        vectors = ops.convert_to_numpy(self.learned.vectors.value)
+        save_embedding(path, self.token, cast_stored(self.token, vectors, dtype))
 
 
 class LearnedTokens(layers.Layer):
@@ -336,6 +388,29 @@ METHODS = {  # name of each method, as the command calls it
     "lora": LoRA,
     "textual-inversion": TextualInversion,
 }
+
+
+def _keep_adapters(layer):
+    """Makes Keras save the adapters of a layer beside its kernel, and load both.
+
+    By itself, Keras saves their sum as the kernel, and makes A and B zero when it loads a file.
+    Then their gradients are zero for ever.
+    """
+
+    def save_own_variables(store):
+        for number, variable in enumerate(layer.variables):
+            store[str(number)] = variable
+
+    def load_own_variables(store):
+        if len(store.keys()) != len(layer.variables):
+            raise ValueError(
+                f"The file has {len(store.keys())} arrays for {layer.path}, not the "
+                f"{len(layer.variables)} of a layer with LoRA's adapters."
+            )
+        for number, variable in enumerate(layer.variables):
+            variable.assign(store[str(number)])
+
+    layer.save_own_variables, layer.load_own_variables = save_own_variables, load_own_variables
 
 
 def freeze_variables(model: keras.Model, trained: str):

@@ -4,7 +4,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import keras
 import numpy as np
@@ -15,7 +15,8 @@ OPTIMIZERS = sorted(
     for name in dir(keras.optimizers)
     if inspect.isclass(kind := getattr(keras.optimizers, name))
     and issubclass(kind, keras.optimizers.Optimizer)
-    and name not in ("Optimizer", "LossScaleOptimizer", "Muon")  # Muon accepts only matrices
+    # Muon accepts only matrices. The first three are no optimizers by themselves.
+    and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer", "Muon")
 )
 
 
@@ -53,6 +54,25 @@ def make_optimizer(
         return kinds[name.lower()](rate, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def check_precision(optimizer: keras.optimizers.Optimizer, dtypes: Iterable[str]):
+    """Raises a ValueError if an optimizer would learn nothing in the dtype of the parameters.
+
+    Adam's beta_2 of 0.999 is 1 in bfloat16. Then its step is 0 (or not a number).
+
+    Args:
+        optimizer: a Keras optimizer.
+        dtypes: dtypes of the parameters that are trained.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    beta = getattr(optimizer, "beta_2", 0.0)
+    for dtype in set(dtypes):
+        if float(keras.ops.cast(beta, dtype)) == 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} learns nothing in {dtype}, where its beta_2 of {beta} "
+                f"is 1. Use mixed_{dtype}, or an optimizer such as Lion or Adafactor."
+            )
 
 
 def count_memory(

@@ -1,19 +1,25 @@
 """What the commands share: types of arguments, names that are not Keras', messages, PNG files."""
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
+import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stable_diffusion import __version__, noise_scheduler, samplers
+from stable_diffusion import __version__, noise, noise_scheduler, prompts, samplers
 from stable_diffusion.adapters import lora
 from stable_diffusion.checkpoints import FORMATS, tensors
 from stable_diffusion.command import arguments, convert, finetune, generate, png, terminal
+from stable_diffusion.replacing import replace_file
 from stable_diffusion.training import distribution, methods, optimizers
 
 COMMANDS = [generate, convert, finetune]
@@ -23,6 +29,8 @@ SMALL = {generate: ["a"], convert: ["in", "out"], finetune: ["f", "--method", "l
 def test_names_are_those_of_the_tables():
     assert arguments.SAMPLERS == tuple(samplers.SAMPLERS)
     assert arguments.SPACINGS == tuple(noise_scheduler.SPACINGS)
+    assert arguments.NOISE_SOURCES == tuple(noise.NOISE_SOURCES)
+    assert arguments.PROMPT_SYNTAXES == prompts.PROMPT_SYNTAXES
     assert arguments.DTYPES == tensors.DTYPES
     assert list(arguments.FORMATS.items()) == [(k, f.description) for k, f in FORMATS.items()]
     known = get_args(get_type_hints(noise_scheduler.NoiseScheduler)["prediction_type"])
@@ -108,7 +116,7 @@ def test_colours():
     ("error", "status", "message"),
     [
         (ValueError("steps must\n be 1"), 2, "steps must be 1"),
-        (OSError(28, "No space left"), 1, "OSError: [Errno 28] No space left"),
+        (OSError(28, "No space left"), 2, "OSError: [Errno 28] No space left"),
         (ImportError("no jax"), 1, "ImportError: no jax"),
         (MemoryError("too large"), 1, "MemoryError: too large"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -123,6 +131,35 @@ def test_errors_end_all_commands_alike(command, error, status, message, capsys, 
     assert command.main(SMALL[command]) == status
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"{command.NAME}: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_sigterm_ends_all_commands_and_leaves_nothing_half_written(
+    command, tmp_path, capsys, monkeypatch
+):
+    def write():
+        with replace_file(tmp_path / "out.png") as written:
+            written.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+
+    monkeypatch.setattr(command, "get_parser", write)
+    assert command.main(SMALL[command]) == 143
+    assert capsys.readouterr().err.startswith(f"{command.NAME}: interrupted")
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
+
+
+def test_a_program_keeps_its_own_handler_of_sigterm():
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        work = lambda argv: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        assert terminal.run_command("x", work, []) == 0 and got == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(terminal.run_command, "x", lambda argv: 3, []).result() == 3
 
 
 def test_other_errors_are_not_hidden():
@@ -185,3 +222,14 @@ def test_text_after_the_pixels_is_read_too(tmp_path):
     chunk = (6).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     (tmp_path / "a.png").write_bytes(data[:end] + chunk + data[end:])
     assert png.read_text(tmp_path / "a.png") == {"seed": "3"}
+
+
+def test_a_warning_is_one_line(capsys):
+    def work(argv):
+        warnings.simplefilter("always")
+        warnings.warn("values that are\nnot finite", stacklevel=1)
+
+    shown = warnings.showwarning
+    assert terminal.run_command("stable-diffusion", work) == terminal.DONE
+    assert capsys.readouterr().err == "stable-diffusion: values that are not finite\n"
+    assert warnings.showwarning is shown

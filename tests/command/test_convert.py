@@ -1,5 +1,7 @@
 """`stable-diffusion-convert`, on a tiny checkpoint: each format holds what went in."""
 
+import shutil
+
 import keras
 import numpy as np
 import pytest
@@ -98,6 +100,7 @@ def test_lora(source, tmp_path):
     ("arguments", "message"),
     [
         (["absent"], "weights must be None, a preset"),
+        (["emoji", "--variant", "ema"], "variant must be None or one that the folder has ("),
         (["emoji", "--ema"], "ema must be False, except for a file in the original layout"),
         (["emoji", "--lora", "absent.safetensors"], "absent.safetensors"),
     ],
@@ -111,12 +114,59 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_no_fault_of_the_arguments(source, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "project",
+            "project is not empty, and it is no checkpoint in diffusers' layout: it has src",
+        ),
+        ("absent/x", "absent/x can't be written: there is no folder"),
+        ("absent/x.safetensors", "there is no folder"),
+        ("folder.safetensors", "folder.safetensors is a folder, not a file"),
+        ("project/src/x", "x is a file, and a checkpoint in diffusers' layout needs a folder"),
+        ("x" * 256, "File name too long"),
+        ("x.ckpt", "OUT must be a folder or a .safetensors file"),
+        ("x.SAFETENSORS", "The path of a single file must end in .safetensors, not"),
+    ],
+)
+def test_targets_are_checked_before_the_work(
+    target, message, source, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("stable_diffusion.checkpoints.reader.Reader.build", None)
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "src" / "x").write_text("mine")
+    (tmp_path / "folder.safetensors").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert run(source[0], tmp_path / target) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_components_are_looked_for_before_the_work(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stable_diffusion.checkpoints.reader.Reader.build", None)
+    shutil.copytree(source[0], tmp_path / "unet")
+    shutil.rmtree(tmp_path / "unet" / "text_encoder")
+    assert run(tmp_path / "unet", tmp_path / "x") == 2
+    error = capsys.readouterr().err
+    assert "Pass a checkpoint that has a text_encoder." in error and error.count("\n") == 1
+
+
+def test_a_dot_in_a_folders_name_is_no_suffix(tmp_path):
+    (tmp_path / "folder.bin").mkdir()
+    for name in ("my-model-v1.5", "x", "folder.bin"):
+        assert convert.choose_format(tmp_path / name) == "diffusers"
+    for name in ("x.safetensors", "my-model-v1.5.SAFETENSORS"):
+        assert convert.choose_format(tmp_path / name) == "original"
+
+
+def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("stable_diffusion.checkpoints.tensors.save_file", full)
-    assert run(source[0], tmp_path / "x") == 1
-    said = "stable-diffusion-convert: OSError: [Errno 28] No space left on device\n"
+    assert run(source[0], tmp_path / "x") == 2
+    said = f"OSError: [Errno 28] No space left on device: '{tmp_path / 'x'}'"
+    said = f"stable-diffusion-convert: {said}\n"
     assert capsys.readouterr() == ("", said)
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +20,11 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.command import finetune as command
-from stable_diffusion.training import callbacks, distribution
+from stable_diffusion.training import Cache, Example, NoisyLatents, callbacks, distribution
 from stable_diffusion.training.callbacks import CURVE
 
 OPTIONS = ["--steps", "4", "--batch", "2", "--rate", "1e-2", "--dropout", "0.5"]
@@ -43,14 +47,8 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def finetune(weights, images, monkeypatch):
+def finetune(weights, images, eagerly, monkeypatch):
     """Runs the command on the tiny model; returns its exit status."""
-    compiled = keras.Model.compile
-
-    def compile(self, *args, **options):
-        compiled(self, *args, **options | {"run_eagerly": True, "jit_compile": False})
-
-    monkeypatch.setattr(keras.Model, "compile", compile)
     monkeypatch.delenv(distribution.PROCESSES, raising=False)
 
     def run(*arguments, folder=images):
@@ -87,12 +85,13 @@ def signal_at(monkeypatch, step, number):
 def test_a_run_leaves_what_it_says(finetune, weights, tmp_path, capsys):
     out, work = tmp_path / "lora.safetensors", tmp_path / "lora.safetensors.work"
     preview = ["--preview", "a blip", "--preview", "a cat", "--preview-every", "2"]
-    assert finetune("--method", "lora", "--out", out, *preview, "--preview-steps", "1") == 0
+    preview += ["--preview-steps", "1"]
+    assert finetune("--method", "lora", "--out", out, "--steps", "2", *preview) == 0
     said = capsys.readouterr().out
     assert "bad.png can't be opened" in said and "3 images, 1 skipped" in said
-    assert len(losses(work)) == 4
+    assert len(losses(work)) == 2
     names = sorted(path.name for path in (work / "previews").iterdir())
-    assert names == ["step_000000.png", "step_000002.png", "step_000004.png"]
+    assert names == ["step_000000.png", "step_000002.png"]
     for path, size in ((work / "previews" / names[0], (128, 64)), (work / "loss.png", CURVE)):
         with Image.open(path) as image:
             assert image.size == size
@@ -106,17 +105,19 @@ def test_a_run_leaves_what_it_says(finetune, weights, tmp_path, capsys):
     changed = {n for n, a, b in zip(names, start, end, strict=True) if (a != b).any()}
     assert changed == set(filter(is_attention, names))
     # What is finished is not trained again, and more steps go on.
-    assert finetune("--method", "lora", "--out", out) == 0
+    assert finetune("--method", "lora", "--out", out, "--steps", "2") == 0
     before = losses(work)
-    assert finetune("--method", "lora", "--out", out, "--steps", "5") == 0
-    assert losses(work)[:4] == before and len(losses(work)) == 5
+    assert len(before) == 2
+    assert finetune("--method", "lora", "--out", out, "--steps", "3") == 0
+    assert losses(work)[:2] == before and len(losses(work)) == 3
     capsys.readouterr()
     assert finetune("--method", "lora", "--out", out, "--rank", "2") == 2
     error = capsys.readouterr().err
     assert "has a run with --rank 4, not 2; --restart begins anew" in error
     assert error.count("\n") == 1
-    assert finetune("--method", "lora", "--out", out, "--rank", "2", "--restart") == 0
-    assert len(losses(work)) == 4
+    restart = ["--rank", "2", "--restart", "--steps", "1"]
+    assert finetune("--method", "lora", "--out", out, *restart) == 0
+    assert len(losses(work)) == 1
 
 
 @pytest.mark.parametrize(
@@ -125,23 +126,22 @@ def test_a_run_leaves_what_it_says(finetune, weights, tmp_path, capsys):
 def test_a_stopped_run_goes_on_with_the_losses_it_would_have_had(
     number, finetune, monkeypatch, tmp_path, capsys
 ):
-    method = ["--method", "full", "--ema", "0.5"]
+    method = ["--method", "lora", "--ema", "0.5", "--steps", "3"]
     if number == signal.SIGTERM:
         method = ["--method", "textual-inversion", "--token", "blip", "--initializer", "cat"]
-    suffix = ".safetensors" if number == signal.SIGTERM else ""
-    whole, stopped = tmp_path / f"whole{suffix}", tmp_path / f"stopped{suffix}"
+        method += ["--dtype", "mixed_float16", "--ema", "0.5", "--steps", "3"]
+    whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
     assert finetune(*method, "--out", whole) == 0
     with monkeypatch.context() as patch:
         signal_at(patch, 2, number)
-        assert finetune(*method, "--out", stopped) == 130
+        assert finetune(*method, "--out", stopped) == 128 + number
     said = capsys.readouterr().out
-    assert "stopped after step 2 of 4: the same command goes on from there" in said
+    assert "stopped after step 2 of 3: the same command goes on from there" in said
     assert not stopped.exists()
     assert finetune(*method, "--out", stopped) == 0
-    assert "going on after step 2 of 4" in capsys.readouterr().out
+    assert "going on after step 2 of 3" in capsys.readouterr().out
     assert losses(Path(f"{stopped}.work")) == losses(Path(f"{whole}.work"))
-    result = "unet/diffusion_pytorch_model.safetensors" if not suffix else ""
-    assert (stopped / result).read_bytes() == (whole / result).read_bytes()
+    assert stopped.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.large
@@ -166,26 +166,95 @@ def test_a_killed_run_forgets_what_it_did_after_its_last_state(finetune, monkeyp
     assert losses(work)[:3] == before and len(losses(work)) == 4
 
 
-@pytest.mark.large
-def test_dreambooth_generates_the_class_first(finetune, monkeypatch, tmp_path):
-    generated = []
+def test_dreambooth_generates_what_is_missing_of_the_class(weights, monkeypatch, tmp_path):
+    generated, skipped = [], set()
 
-    def generate(self, prompts, **options):
+    def generate(self, prompts, clip_skip, **options):
         generated.extend(prompts)
+        skipped.add(clip_skip)
         return np.zeros((len(prompts), 64, 64, 3), "uint8")
 
     monkeypatch.setattr(StableDiffusion, "text_to_image", generate)
-    out = tmp_path / "out.safetensors"
-    given = ["--method", "dreambooth", "--parameters", "lora", "--out", out]
-    known = ["--class-prompt", "a cat", "--class-prompt", "a dog", "--class-images", "5"]
-    assert finetune(*given, *known) == 0
+    known = ["--class-prompt", "a cat", "--class-prompt", "a dog", "--class-images"]
+    given = ["images", "--method", "dreambooth", "--out", str(tmp_path / "out"), *known]
+
+    def list_images(count, *more):
+        arguments = [*given, str(count), "--weights", str(weights), *more]
+        args = command.get_parser().parse_args(arguments)
+        command.check_arguments(args)
+        examples = command.generate_class_images(args)
+        return {example.path.name: example.captions for example in examples}
+
+    images = {f"0000{n}.png": (("a cat", "a dog")[n % 2],) for n in range(5)}
+    assert list_images(5) == images
     assert generated == ["a cat", "a dog", "a cat", "a dog", "a cat"]
-    (folder,) = Path(f"{out}.work").glob("class-*")
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in rows] == generated
+    (folder,) = (tmp_path / "out.work").glob("class-*")
     (folder / "00003.png").unlink()
-    assert finetune(*given, *known, "--restart") == 0
-    assert generated[5:] == ["a dog"]
+    (folder / "mine.png").touch()
+    assert list_images(5) == images and generated[5:] == ["a dog"]
+    assert list(list_images(2)) == ["00000.png", "00001.png"] and len(generated) == 6
+    assert (folder / "00004.png").exists() and (folder / "mine.png").exists()
+    assert skipped == {0}
+    list_images(2, "--clip-skip", "1")  # in another folder
+    assert skipped == {0, 1} and len(generated) == 8
+    monkeypatch.setattr(command, "open_pipeline", lambda args: StableDiffusion(weights=None))
+    for option in ("--variant", "--vae"):
+        list_images(1, option, "x")
+    assert len(generated) == 10
+
+
+def test_clip_skip(finetune, few, monkeypatch, tmp_path, capsys):
+    """Of captions and previews; a run goes on with the same number only."""
+    two = StableDiffusion(
+        jit_compile=False, weights=None, config=replace(few, text=replace(few.text, depth=2))
+    )
+    two.save(tmp_path / "two", dtype="float32")
+    previews, generate = [], StableDiffusion.text_to_image
+
+    def spy(self, *given, clip_skip=0, **options):
+        previews.append(clip_skip)
+        return generate(self, *given, clip_skip=clip_skip, **options)
+
+    monkeypatch.setattr(StableDiffusion, "text_to_image", spy)
+    out = tmp_path / "out.safetensors"
+    given = ["--method", "lora", "--out", out, "--weights", tmp_path / "two", "--steps", "1"]
+    preview = ["--preview", "a blip", "--preview-steps", "1"]
+    assert finetune(*given, "--clip-skip", "1", *preview) == 0
+    last = f"wrote {out}; generate with --clip-skip 1, as it was trained\n"
+    assert capsys.readouterr().out.endswith(last)
+    assert previews == [1, 1]
+    text = "a blip on a red background"
+    expected = np.asarray(two.encode_text(text, 1))[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(two, "encode_text", None)  # nothing is missing in the cache
+        cache = Cache(f"{out}.work/cache", two, clip_skip=1)
+        np.testing.assert_allclose(cache.read_context(text), expected, atol=1e-5)
+    assert finetune(*given) == 2
+    error = capsys.readouterr().err
+    assert "has a run with --clip-skip 1, not 0; --restart begins anew" in error
+
+
+def test_settings_of_a_version_without_an_option(tmp_path):
+    """Such a run had the option's default."""
+    parser = command.get_parser()
+    given = ["images", "--method", "lora", "--out", str(tmp_path / "out.safetensors")]
+    args = parser.parse_args(given)
+    command.check_arguments(args)
+    command.compare_settings(args)
+    (args.work / "state.safetensors").touch()
+    path = args.work / "settings.json"
+    settings = json.loads(path.read_text())
+    for key in ("clip_skip", "background", "vae"):
+        del settings[key]
+    path.write_text(json.dumps(settings))
+    options = {"--clip-skip=1": "0", "--vae=x": "None", "--background=red": r"\(255, 255, 255\)"}
+    for option, old in options.items():
+        other = parser.parse_args([*given, option])
+        command.check_arguments(other)
+        with pytest.raises(ValueError, match=f"has a run with {option.split('=')[0]} {old}, not"):
+            command.compare_settings(other)
+    command.compare_settings(args)
+    assert json.loads(path.read_text())["clip_skip"] == 0
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "textual-inversion"])
@@ -220,6 +289,11 @@ def test_a_dry_run_counts(method, finetune, weights, tmp_path, capsys):
         (["--method", "full", "--out", "x", "--optimizer", "best"], "optimizer must be one of"),
         (["--method", "full", "--out", "x", "--model-devices", "2"], "is for --distribute model"),
         (["--method", "full", "--out", "x", "--weights", "missing"], "weights must be"),
+        (["--method", "full", "--out", "x", "--variant", "ema"], "variant must be None or one"),
+        (["--method", "full", "--out", "x", "--accumulate", "3"], "nearest are 3 and 6"),
+        (["--method", "full", "--out", "x", "--accumulate", "5"], "nearest are 5 and 10"),
+        (["--method", "full", "--out", "x", "--dtype", "bfloat16"], "AdamW learns nothing in bfl"),
+        (["--method", "full", "--out", "x", "--clip-skip", "1"], "clip_skip must be an int from 0"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(arguments, message, finetune, tmp_path, capsys):
@@ -228,6 +302,85 @@ def test_what_cannot_be_is_said_in_one_line(arguments, message, finetune, tmp_pa
     assert finetune(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["full", "--out", "project"], "project is not empty, and it is no checkpoint in diff"),
+        (
+            ["full", "--out", "mine"],
+            "mine is a file, and a checkpoint in diffusers' layout needs a",
+        ),
+        (["full", "--out", "absent/x"], "absent/x can't be written: there is no folder"),
+        (["lora", "--out", "x.safetensors"], "x.safetensors is a folder, not a file"),
+        (["lora", "--out", "y.safetensors", "--work", "mine"], "mine can't be a folder"),
+        (["lora", "--out", "y.safetensors", "--cache", "mine/x"], "mine/x can't be a folder"),
+        (["lora", "--out", "z.safetensors"], "state.safetensors is a folder, not a file"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(
+    arguments, message, options, finetune, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "read_examples", None)
+    Path("mine").write_text("mine")
+    Path("z.safetensors.work/state.safetensors").mkdir(parents=True)
+    Path("project/src").mkdir(parents=True)
+    Path("x.safetensors").mkdir()
+    assert finetune("--method", *arguments, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert sorted(os.listdir()) == ["mine", "project", "x.safetensors", "z.safetensors.work"]
+    assert [*map(str, Path("z.safetensors.work").rglob("*"))] == [
+        "z.safetensors.work/state.safetensors"
+    ]
+    assert os.listdir("project") == ["src"]
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_for_inpainting_is_refused_before_the_work(
+    method, options, few, finetune, monkeypatch, tmp_path, capsys
+):
+    config = replace(few, unet=replace(few.unet, in_channels=9))
+    source = StableDiffusion(jit_compile=False, weights=None, config=config)
+    monkeypatch.setattr(command, "open_pipeline", lambda args: source)
+    monkeypatch.setattr(command, "find_long_texts", None)
+    out = tmp_path / {"full": "x", "lora": "x.safetensors"}[method]
+    assert finetune("--method", method, "--out", out, *options) == 2
+    error = capsys.readouterr().err
+    assert "a latent of 4 channels" in error and "has 9" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir()) and source._diffusion_model is None
+
+
+def test_noise_cannot_be_predicted_without_a_signal(few, finetune, monkeypatch, tmp_path, capsys):
+    config = replace(few, schedule=replace(few.schedule, zero_snr=True))
+    source = StableDiffusion(jit_compile=False, weights=None, config=config)
+    monkeypatch.setattr(command, "open_pipeline", lambda args: source)
+    assert finetune("--method", "lora", "--out", tmp_path / "x.safetensors") == 2
+    assert "epsilon can't begin where alpha is 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and source._diffusion_model is None
+
+
+def test_a_dot_in_a_folders_name_is_no_suffix():
+    for out, good in {"my-model-v1.5": True, "x.ckpt": False, "x.safetensors": False}.items():
+        args = command.get_parser().parse_args(["images", "--method", "full", "--out", out])
+        if good:
+            command.check_arguments(args)
+            assert args.work.name == f"{out}.work"
+        else:
+            with pytest.raises(ValueError, match="--out must be a folder for this method"):
+                command.check_arguments(args)
+
+
+def test_captions_without_the_word_are_quoted_in_short():
+    args = Namespace(token="<x>")
+    with pytest.raises(ValueError, match="1 of 1 captions lack <x>: 'aaaa") as error:
+        command.check_captions(args, [Example(Path("a.png"), ("a" * 9999,))])
+    assert len(str(error.value)) < 300
 
 
 def test_a_missing_caption_is_an_error(finetune, tmp_path, capsys):
@@ -238,7 +391,214 @@ def test_a_missing_caption_is_an_error(finetune, tmp_path, capsys):
     new = ["--method", "textual-inversion", "--token", "<x>", "--initializer", "cat"]
     given = [*new, "--out", tmp_path / "x.safetensors", "--prompt", "an image of a cat"]
     assert finetune(*given, folder=tmp_path) == 2
-    assert "lacks <x>" in capsys.readouterr().err
+    assert "1 of 1 captions lack <x>: 'an image of a cat' of " in capsys.readouterr().err
+
+
+def make_folder(folder, **captions):
+    """Makes a folder of small images; returns it."""
+    folder.mkdir(parents=True)
+    for name, text in captions.items():
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def capture_run(monkeypatch):
+    """Lets the command end before it trains; returns a list that gets both lists of examples."""
+    captured = []
+    monkeypatch.setattr(command, "run_training", lambda *given: captured.extend(given[2:4]) or 0)
+    return captured
+
+
+def test_captions_that_are_too_long_are_refused_listed_or_cut(
+    finetune, monkeypatch, tmp_path, capsys
+):
+    long = {name: f"a <b>, {name} " + "masterpiece, best quality " * 30 for name in ("one", "two")}
+    folder = make_folder(tmp_path / "images", **long, short="a <b>")
+    new = ["--method", "textual-inversion", "--token", "<b>", "--initializer", "cat"]
+    given = [*new, "--out", tmp_path / "out.safetensors", "--vectors", "2"]
+    assert finetune(*given, folder=folder) == 2
+    error = capsys.readouterr().err
+    assert "captions of more than 77 tokens: 2. That of" in error and error.count("\n") == 1
+    assert (
+        re.search("one.png has 1[0-9]{2}: 'a <b>, one", error) and "--truncate cuts them" in error
+    )
+    assert finetune(*given, "--dry-run", folder=folder) == 2
+    said = capsys.readouterr()
+    for name, text in long.items():
+        line = f" tokens: {folder / name}.png: {text.strip()!r}\n"
+        assert "too long: 1" in said.out and line in said.out
+    assert "memory:" in said.out and "captions of more than 77 tokens: 2" in said.err
+    captured = capture_run(monkeypatch)
+    assert finetune(*given, "--truncate", folder=folder) == 0
+    assert "captions of more than 77 tokens, which are cut: 2\n" in capsys.readouterr().out
+    texts = [example.captions[0] for example in captured[0]]
+    assert texts[0].startswith("a <b>, one masterpiece") and len(texts[0]) < 500
+    assert texts[1] == "a <b>"
+    assert finetune(*given, "--preview", "cat " * 80, folder=folder) == 2
+    assert "a prompt has 82 tokens, more than 77: 'cat cat" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_new_word_is_found_in_text_without_spaces():
+    given = ["images", "--method", "textual-inversion", "--token", "猫咪", "--initializer", "cat"]
+    args = command.get_parser().parse_args([*given, "--out", "x.safetensors"])
+    command.check_captions(args, [Example(Path("0.png"), ("一只猫咪在垫子上",))])
+    with pytest.raises(ValueError, match="1 of 1 captions lack 猫咪"):
+        command.check_captions(args, [Example(Path("0.png"), ("一只狗",))])
+
+
+@pytest.mark.parametrize("work", ["out.safetensors.work", "."])
+def test_what_the_run_writes_is_no_data(work, finetune, monkeypatch, tmp_path, capsys):
+    folder = make_folder(tmp_path / "10_cat", a="a cat")
+    make_folder(folder / "class", b="a cat")
+    make_folder(folder / "5_more", c="a cat")
+    for name in ("previews/step_000001.png", "class-0123abcd/00000.png", "loss.png"):
+        (folder / work / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / work / name).touch()
+    captured = capture_run(monkeypatch)
+    given = ["--method", "dreambooth", "--parameters", "lora", "--class-folder", folder / "class"]
+    given += ["--out", folder / "out.safetensors", "--work", folder / work]
+    assert finetune(*given, folder=folder) == 0
+    said = capsys.readouterr().out
+    assert said == "folders such as 5_more repeat their images only with --repeats-from-folders\n"
+    assert [e.path.name for e in captured[0]] == ["c.png", "a.png"]
+    assert [e.path.name for e in captured[1]] == ["b.png"]
+    assert finetune(*given, "--repeats-from-folders", folder=folder) == 0
+    assert [e.repeats for e in captured[2]] == [5, 1] and not capsys.readouterr().out
+
+
+def test_images_of_the_class_need_no_captions(finetune, monkeypatch, tmp_path, capsys):
+    folder = make_folder(tmp_path / "images", a="a cat")
+    known = make_folder(tmp_path / "class", b="a", bad="a")
+    for path in known.glob("*.txt"):
+        path.unlink()
+    (known / "bad.png").write_bytes(b"no image")
+    given = ["--method", "dreambooth", "--out", tmp_path / "out", "--class-folder", known]
+    assert finetune(*given, folder=folder) == 2
+    assert "2 of 2 images have no caption" in capsys.readouterr().err
+    prompt = ["--class-prompt", "a cat", "--class-prompt", "a pet"]
+    assert finetune(*given, *prompt, "--dry-run", folder=folder) == 0
+    said = capsys.readouterr().out
+    assert "images of the class: 1 usable, 1 skipped" in said and "bad.png can't be opened" in said
+    prepared, prepare = [], command.prepare_data
+
+    class Prepared(BaseException):
+        pass
+
+    def stop(*given):
+        prepared.extend(prepare(*given)[1])
+        raise Prepared
+
+    monkeypatch.setattr(command, "prepare_data", stop)
+    with pytest.raises(Prepared):
+        finetune(*given, *prompt, folder=folder)
+    assert "skipped, an image of the class: " in capsys.readouterr().out
+    assert [example.captions for example in prepared[1].examples] == [("a cat", "a pet")]
+
+
+def test_nothing_is_saved_before_the_loss_is_looked_at(tmp_path):
+    given = ["images", "--method", "lora", "--out", str(tmp_path / "out.safetensors")]
+    args = command.get_parser().parse_args([*given, "--preview", "a cat"])
+    command.check_arguments(args)
+    args.work.mkdir()
+    saver, others = command.make_callbacks(args, None, 4, 0, "data", print, alone=True)
+    kinds = [type(callback) for callback in [*others, saver]]
+    assert kinds[:2] == [callbacks.Log, callbacks.StopAtNaN] and callbacks.Preview in kinds
+    assert kinds[-1] == callbacks.SaveState and saver.data == "data"
+
+
+@pytest.mark.large
+def test_a_run_stops_at_the_first_loss_that_is_not_a_number(
+    finetune, monkeypatch, tmp_path, capsys
+):
+    out, work = tmp_path / "out.safetensors", tmp_path / "out.safetensors.work"
+    get = NoisyLatents.__getitem__
+
+    def damage(self, index):
+        inputs, targets, weights = get(self, index)
+        return inputs, targets, weights * (np.nan if index == 1 else 1)
+
+    monkeypatch.setattr(NoisyLatents, "__getitem__", damage)
+    given = ["--method", "lora", "--out", out, "--save-every", "1", "--steps", "2"]
+    assert finetune(*given) == 2
+    error = capsys.readouterr().err
+    assert "The loss of step 2 is nan. Try a smaller learning rate" in error
+    assert error.count("\n") == 1 and not out.exists()
+    with safe_open(work / "state.safetensors", "numpy") as state:
+        assert state.metadata()["step"] == "1" and len(state.metadata()["data"]) == 64
+
+
+def test_sigterm_in_other_phases_ends_the_command_as_ctrl_c(
+    finetune, monkeypatch, tmp_path, capsys
+):
+    def encode(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    monkeypatch.setattr(command, "prepare_data", encode)
+    assert finetune("--method", "lora", "--out", tmp_path / "out.safetensors") == 143
+    assert "the same command goes on from the last saved step" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finetune, monkeypatch, tmp_path, capsys):
+    out, work = tmp_path / "out.safetensors", tmp_path / "out.safetensors.work"
+    statuses = []
+
+    def run_another(*given):
+        statuses.append(finetune("--method", "lora", "--out", out))
+        return 0
+
+    monkeypatch.setattr(command, "run_training", run_another)
+    # The lock is one of the opened file, so a second run of the same process has none, either.
+    assert finetune("--method", "lora", "--out", out) == 0
+    assert statuses == [2]
+    error = capsys.readouterr().err
+    assert f"another run uses {work}; wait for its end" in error and error.count("\n") == 1
+    capture_run(monkeypatch)
+    assert finetune("--method", "lora", "--out", out) == 0 and not list(work.iterdir())
+
+
+def test_folders_with_kohyas_names_are_said_once(tmp_path):
+    for name in ("10_cat/sub", "2023_holiday", "10 dogs"):
+        (tmp_path / "3_all" / name).mkdir(parents=True)
+        (tmp_path / "3_all" / name / "a.png").touch()
+    for folder, line in {"3_all/10_cat/sub": "", "3_all": "folders such as 10_cat repeat"}.items():
+        given = [str(tmp_path / folder), "--prompt", "a cat", "--out", "x.safetensors"]
+        args = command.get_parser().parse_args([*given, "--method", "lora"])
+        command.check_arguments(args)
+        said = []
+        command.read_examples(args, said.append)
+        assert len(said) == bool(line) and all(each.startswith(line) for each in said)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"null", None])
+def test_settings_that_are_lost_are_an_error(content, tmp_path):
+    out = tmp_path / "out.safetensors"
+    args = command.get_parser().parse_args(["images", "--method", "lora", "--out", str(out)])
+    command.check_arguments(args)
+    command.compare_settings(args)
+    settings = args.work / "settings.json"
+    whole = settings.read_bytes()
+    for lost in (content, whole):  # without a state there is nothing to compare
+        settings.write_bytes(lost) if lost is not None else settings.unlink()
+        command.compare_settings(args)
+        assert settings.read_bytes() == whole
+    (args.work / "state.safetensors").touch()
+    command.compare_settings(args)
+    os.unlink(settings)
+    os.mkfifo(settings)  # to read it would wait for ever
+    with pytest.raises(ValueError, match="settings.json is missing or damaged, .* begins anew"):
+        command.compare_settings(args)
+    os.unlink(settings)
+    if content is not None:
+        settings.write_bytes(content)
+    with pytest.raises(ValueError, match="settings.json is missing or damaged, .* begins anew"):
+        command.compare_settings(args)
+    args.restart = True
+    command.compare_settings(args)
+    assert settings.read_bytes() == whole
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="the message is for other backends")

@@ -38,7 +38,13 @@ def pipelines(name, config=None):
     return ours, theirs
 
 
-@pytest.fixture(scope="module", params=[("StableDiffusion", TINY), ("StableDiffusionV2", TINY_V2)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("StableDiffusion", TINY),
+        pytest.param(("StableDiffusionV2", TINY_V2), marks=pytest.mark.large),
+    ],
+)
 def narrow(request):
     """Both pipelines with the same narrow models."""
     name, config = request.param
