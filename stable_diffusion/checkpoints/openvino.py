@@ -211,7 +211,9 @@ def _trace_graph(model):
     ]
     inputs = [tensor(parameter.output(0)) for parameter in parameters]
     output = model(inputs if len(inputs) > 1 else inputs[0])
-    return openvino.Model([output.output], parameters, model.name)
+    # A variable that was assigned a result of operations is part of the graph. Only a copy of the
+    # graph can be changed without changing the variable.
+    return openvino.Model([output.output], parameters, model.name).clone()
 
 
 def _convert_to_bfloat16(graph):
