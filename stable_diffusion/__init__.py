@@ -26,8 +26,8 @@ From KerasCV, with its signatures: `StableDiffusion`, `StableDiffusionV2`, `Text
     checkpoints.release                                           freeing a component's memory
     adapters.lora.load_lora .unload_lora                          LoRA
     adapters.embedding.load_embedding                             textual inversion
-    samplers.SAMPLERS .find_sampler                               the table of samplers
-    noise_scheduler.ddim .Sampler .NoiseLevel                     the contract of samplers
+    samplers.SAMPLERS .Sampler .find_sampler                      the table of samplers
+    noise_scheduler.ddim .NoiseLevel                              the contract of samplers
     noise_scheduler.diffuse .split_prediction .join_prediction    the diffusion process
     noise_scheduler.timestep_embedding                            what the UNet is told of time
     training.Cache .NoisyLatents .Stream .Example .read_folder    data of fine-tuning

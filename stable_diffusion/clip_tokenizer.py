@@ -27,6 +27,7 @@ from pathlib import Path
 
 import regex
 
+from stable_diffusion.added_tokens import AddedTokens, check_tokens
 from stable_diffusion.cleaning import clean_text
 from stable_diffusion.files import WEIGHTS_DIR
 
@@ -42,7 +43,6 @@ _BYTE_TO_ID = bytes((_VISIBLE + _HIDDEN).index(byte) for byte in range(256))
 
 # (?i) matters even in lower-case text: it makes "'ſ" an ending like "'s", as in the reference.
 _WORD = r"(?i)<\|(?:start|end)oftext\|>|'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-MAX_TOKEN = 150  # characters: to search a prompt for a longer one may take cubic time
 MAX_WORDS = 20_000  # whose ids a tokenizer remembers
 MAX_REMEMBERED = 100  # characters of such a word
 
@@ -64,7 +64,7 @@ class SimpleTokenizer:
         start_of_text: id before the first word, 49406.
         end_of_text: id after the last word, 49407; KerasCV also pads with it.
         vectors: dict from an added token to its ids, for tokens that stand for several vectors, as
-            a textual inversion may (see `expand_tokens`).
+            a textual inversion may (see `added_tokens.expand_tokens`).
 
     Raises:
         ValueError: if `bpe_path` is not such a file.
@@ -108,24 +108,14 @@ class SimpleTokenizer:
 
         Raises:
             ValueError: if one is not a string, is empty, has white space at an end, or has more
-                than `MAX_TOKEN` characters, not counting an ending such as _12; then none is added.
+                than `added_tokens.MAX_TOKEN` characters, not counting an ending such as _12; then
+                none is added.
         """
-        tokens = tokens if isinstance(tokens, list | tuple | set) else [tokens]
-        if bad := [t for t in tokens if not isinstance(t, str) or not t or t != t.strip()]:
-            raise ValueError(f"A token must be a str, not empty nor space-padded: {bad[0]!r:.200}")
-        if long := [t for t in tokens if len(regex.sub("_[0-9]{1,3}$", "", t)) > MAX_TOKEN]:
-            raise ValueError(
-                f"A token may have {MAX_TOKEN} characters, not {len(long[0])}: "
-                f"{long[0]!r:.{MAX_TOKEN}}"
-            )
+        tokens = check_tokens(tokens)
         new = [token for token in dict.fromkeys(tokens) if token not in self.encoder]
         self.encoder |= {token: len(self.vocab) + n for n, token in enumerate(new)}
         self.vocab += new
-        # The longest comes first, so it is found. Without added tokens the pattern matches nothing,
-        # and regex sees this at once.
-        added = sorted(self.vocab[self.end_of_text + 1 :], key=len, reverse=True)
-        self._patterns = {token: make_token_pattern(token) for token in added}
-        self._added = regex.compile(f"({'|'.join(self._patterns.values()) or '#(?!)'})")
+        self._added = AddedTokens(self.vocab[self.end_of_text + 1 :])
         return len(new)
 
     def encode(self, text: str) -> list[int]:
@@ -155,10 +145,8 @@ class SimpleTokenizer:
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
         parts = self._added.split(text)
-        for place, part in enumerate(parts):
-            if place % 2:  # split() puts what the pattern's group has captured at the odd places
-                alike = (t for t in self._patterns if regex.fullmatch(self._patterns[t], part))
-                token = part if part in self._patterns else next(alike)
+        for part, token in parts:
+            if token is not None:
                 yield part, self.vectors.get(token, [self.encoder[token]])
             else:
                 words = regex.findall(_WORD, clean_text(part, len(parts)))
@@ -226,25 +214,3 @@ class SimpleTokenizer:
 
     def _forget_words(self):
         self._cache = {START: [self.start_of_text], END: [self.end_of_text]}
-
-
-def make_token_pattern(token: str) -> str:
-    """Returns a pattern that finds an added token in any case, with any white space inside it."""
-    return "(?i:" + r"\s+".join(map(regex.escape, token.split())) + ")"
-
-
-def expand_tokens(tokenizer: SimpleTokenizer):
-    """Makes `encode` return all ids of an added token that stands for several vectors.
-
-    Such a token was added under several names: "<cat>", "<cat>_1", "<cat>_2" and so on. So a saved
-    tokenizer still tells which vectors belong together.
-    """
-    added = tokenizer.vocab[tokenizer.end_of_text + 1 :]
-    ids = {token: n for n, token in enumerate(added, tokenizer.end_of_text + 1)}
-    tokenizer.vectors = {}
-    for token in added:
-        names = [token]
-        while (further := f"{token}_{len(names)}") in ids:
-            names.append(further)
-        if len(names) > 1:
-            tokenizer.vectors[token] = [ids[name] for name in names]

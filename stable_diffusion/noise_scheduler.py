@@ -1,6 +1,5 @@
 """The noise schedule: how noise is added in training, and removed step by step with DDIM."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -8,31 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from stable_diffusion.checks import check_fields, check_int
+from stable_diffusion.checks import check_fields
+from stable_diffusion.spacing import DEFAULT_GRID, log_sigma
 
-
-def space_karras(sigmas, n):
-    """Returns timesteps whose σ are spaced evenly after its 7th root, see `SPACINGS`.
-
-    Reference: Karras et al. 2022, https://arxiv.org/abs/2206.00364, equation 5 with ρ = 7, from the
-    schedule's last σ to its first.
-    """
-    roots = sigmas[[-1, 0]] ** (1 / 7)
-    spaced = (roots[0] + np.linspace(0, 1, n) * (roots[1] - roots[0])) ** 7
-    return np.interp(np.log(spaced), np.log(sigmas), np.arange(len(sigmas)))[::-1]
-
-
-SPACINGS = {  # functions of (σ of each timestep, n): n timesteps as floats, the least noisy first
-    # Differs from KerasCV: a single step is the last timestep, because the first would leave the
-    # noise as it is.
-    "linspace": lambda sigmas, n: np.linspace(0 if n > 1 else len(sigmas) - 1, len(sigmas) - 1, n),
-    "leading": lambda sigmas, n: np.arange(n) * float(len(sigmas) // n),
-    "trailing": lambda sigmas, n: np.arange(len(sigmas), 0, -len(sigmas) / n)[:n][::-1].round(),
-    # Song et al. 2021, https://arxiv.org/abs/2010.02502, appendix D.2, from the first timestep to
-    # the last: proportional to the squares of 0, 1, 2 and so on.
-    "quadratic": lambda sigmas, n: (len(sigmas) - 1) * np.linspace(1, 0, n)[::-1] ** 2,
-    "karras": space_karras,
-}
 BOUNDS = {  # of the fields of `NoiseScheduler`: the least and the largest number
     "train_timesteps": (1, 100_000),
     "beta_start": (1e-9, 0.999),
@@ -40,7 +17,6 @@ BOUNDS = {  # of the fields of `NoiseScheduler`: the least and the largest numbe
     "steps_offset": (0, 100_000),
     "final_alpha": (1e-9, 1.0),
 }
-LEAST_ALPHA = 2.0**-24  # for 0 where its logarithm is needed, as in diffusers
 
 
 class NoiseLevel(NamedTuple):
@@ -149,45 +125,6 @@ def ddim(denoise, latent, levels, next_noise, eta=0.0):
         latent = latent if sent is None else sent
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """A row of the table of samplers: a generator function, and which noise levels it passes.
-
-    Args:
-        sample: generator function with the arguments and results of `ddim`.
-        extra_point: whether one timestep more is spaced, of which the least noisy is left out:
-            solvers that end without noise take their last step from where there is some left.
-        rounded: whether timesteps are ints; otherwise they are floats between the schedule's.
-        rounded_karras: whether timesteps are ints with the spacing "karras", too.
-        final_alpha: alphas_cumprod where sampling ends; None is `NoiseScheduler.final_alpha`.
-        least_alpha: what alphas_cumprod of 0 is replaced by, for solvers that need its logarithm.
-        start: function of noise and alpha that returns the latent at the first level; None leaves
-            that to `sample`, which gets the noise.
-        grid: function like those in `SPACINGS`, which stands for all of them.
-        refused: keys of `SPACINGS` that it can't be used with.
-        options: the options of its own, all numbers: name, least and largest value of each; None
-            for those that `sample` has, of any kind.
-        combines: whether it combines what the model predicts, and so is told the prediction type.
-        scheduler: the class of diffusers that means it; with its algorithm_type, if several do.
-    """
-
-    sample: Callable
-    extra_point: bool = False
-    rounded: bool = True
-    rounded_karras: bool = False
-    final_alpha: float | None = None
-    least_alpha: float = 0.0
-    start: Callable | None = lambda noise, alpha: noise
-    grid: Callable | None = None
-    refused: tuple[str, ...] = ()
-    options: tuple[tuple[str, float, float], ...] | None = None
-    combines: bool = False
-    scheduler: str | None = None
-
-
-DDIM = Sampler(ddim, options=(("eta", 0.0, 1.0),), scheduler="DDIMScheduler")
-
-
 @dataclass(unsafe_hash=True)
 class NoiseScheduler:
     """A diffusion process: betas, adding noise (`add_noise`), removing it (`levels`, `step`).
@@ -255,14 +192,14 @@ class NoiseScheduler:
     def __len__(self):
         return self.train_timesteps
 
-    def levels(self, num_steps, spacing=None, sampler=DDIM):
+    def levels(self, num_steps, spacing=None, grid=DEFAULT_GRID):
         """Returns the noise levels that a sampler passes.
 
         Args:
             num_steps: how many steps, from 1 to `train_timesteps`; less by `steps_offset` with
                 "leading", and by one for samplers with an extra point.
-            spacing: a key of `SPACINGS`; None is the schedule's own.
-            sampler: a `Sampler`, which says what its levels are.
+            spacing: a key of `spacing.SPACINGS`; None is the schedule's own.
+            grid: a `spacing.Grid`, such as a `samplers.Sampler`, which says what its levels are.
 
         Returns:
             List of num_steps + 1 `NoiseLevel`, the noisiest first; the last has no timestep.
@@ -271,42 +208,21 @@ class NoiseScheduler:
             ValueError: another number of steps, a spacing that is unknown or that the sampler
                 refuses, or "epsilon" where alpha is 0.
         """
-        total, spacing = self.train_timesteps, spacing or self.spacing
-        if spacing not in (known := [name for name in SPACINGS if name not in sampler.refused]):
-            where = " with this sampler" if sampler.refused else ""
-            raise ValueError(f"spacing must be one of {', '.join(known)}{where}, not {spacing!r}.")
-        extra = int(sampler.extra_point and spacing in ("linspace", "leading"))
-        offset = {"leading": self.steps_offset, "trailing": -1}.get(spacing, 0)
-        offset = 0 if sampler.grid else offset
-        n = check_int("num_steps", num_steps, 1, total - extra - max(offset, 0))
-        space, sigmas = sampler.grid or SPACINGS[spacing], np.exp(_log_sigma(self.alphas_cumprod))
-        timesteps = space(sigmas, n + extra)[::-1][:n]
-        if sampler.rounded and spacing != "karras":
-            # `maximum` keeps quadratic ones apart, which are dense near zero
-            timesteps = np.maximum(timesteps.round(), np.arange(n)[::-1]).astype(int)
-        timesteps = timesteps + offset
+        known, spacing = self.alphas_cumprod, spacing or self.spacing
+        timesteps = grid.find_timesteps(known, num_steps, spacing, self.steps_offset)
         self._check_alphas(self.prediction_type, timesteps)
-        alphas = np.maximum(self._alphas_at(timesteps, spacing), sampler.least_alpha)
-        if sampler.rounded_karras:
+        alphas = grid.find_alphas(known, timesteps, spacing)
+        if grid.rounded_karras:
             timesteps = timesteps.round().astype(int)
-        final = self.final_alpha if sampler.final_alpha is None else sampler.final_alpha
-        final = float(self.alphas_cumprod[0] if final is None else final)
+        final = self.final_alpha if grid.final_alpha is None else grid.final_alpha
+        final = float(known[0] if final is None else final)
         levels = zip(timesteps.tolist(), alphas.tolist(), strict=True)
         return [*(NoiseLevel(*level) for level in levels), NoiseLevel(None, final)]
 
     def find_timestep(self, alpha):
         """Returns the timestep, a float, at which alphas_cumprod is `alpha`, see `levels`."""
-        known = _log_sigma(self.alphas_cumprod)
-        return float(np.interp(_log_sigma(alpha), known, np.arange(len(known))))
-
-    def _alphas_at(self, timesteps, spacing):
-        if timesteps.dtype == int:
-            return self.alphas_cumprod[timesteps]
-        known, places = _log_sigma(self.alphas_cumprod), np.arange(len(self))
-        if spacing == "karras":  # which finds timesteps of σ as `find_timestep` does
-            return 1 / (1 + np.exp(2 * np.interp(timesteps, places, known)))
-        # Between timesteps σ is linear, as in diffusers.
-        return 1 / (1 + np.interp(timesteps, places, np.exp(known)) ** 2)
+        known = log_sigma(self.alphas_cumprod)
+        return float(np.interp(log_sigma(alpha), known, np.arange(len(known))))
 
     def _check_alphas(self, prediction_type, timesteps):
         alphas = self.alphas_cumprod[np.round(timesteps, 6).astype(int)]
@@ -384,9 +300,3 @@ class NoiseScheduler:
             self.seed_generator = keras.random.SeedGenerator(seed=42)  # KerasCV's seed
         noise = keras.random.normal(ops.shape(sample), seed=self.seed_generator)
         return mean + deviation * noise
-
-
-def _log_sigma(alpha):
-    """Returns log σ, where σ = √((1 - alpha) / alpha) is the noise beside a signal of weight 1."""
-    alpha = np.maximum(alpha, LEAST_ALPHA)
-    return 0.5 * np.log((1 - alpha) / alpha)

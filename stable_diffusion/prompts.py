@@ -25,8 +25,8 @@ import re
 import numpy as np
 
 from stable_diffusion.checks import check_number
+from stable_diffusion.clip_skip import skip_layers
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.text_encoder import skip_layers
 
 PROMPT_SYNTAXES = ("webui",)  # and None: every character is text, as in KerasCV
 CHUNK = 75  # tokens, without start and end

@@ -6,15 +6,11 @@ import numpy as np
 from keras import ops, utils
 
 from stable_diffusion import checks
-from stable_diffusion.adapters.embedding import load_embedding
-from stable_diffusion.adapters.lora import load_lora, unload_lora
-from stable_diffusion.checkpoints import open_checkpoint, save_checkpoint
-from stable_diffusion.checkpoints.changes import Changes
+from stable_diffusion.clip_skip import check_skip, skip_layers
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.decoder import Decoder
+from stable_diffusion.components import MAX_PROMPT_LENGTH, Components
 from stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
 from stable_diffusion.guidance import embed_guidance, rescale_guidance
-from stable_diffusion.image_encoder import ImageEncoder
 from stable_diffusion.images import fit_images, normalize_pixels, quantize_pixels, read_images
 from stable_diffusion.masks import list_paintings
 from stable_diffusion.noise import make_noise_source
@@ -24,12 +20,10 @@ from stable_diffusion.samplers import bind_options, choose_sampler
 from stable_diffusion.samplers.deep_cache import DeepCache
 from stable_diffusion.samplers.from_image import keep, start_from
 from stable_diffusion.strips import decode_in_strips
-from stable_diffusion.text_encoder import TextEncoder, TextEncoderV2, check_skip, skip_layers
-
-MAX_PROMPT_LENGTH = 77  # tokens, CLIP's context length
+from stable_diffusion.text_encoder import TextEncoder, TextEncoderV2
 
 
-class StableDiffusion:
+class StableDiffusion(Components):
     """Stable Diffusion 1: generates images from prompts.
 
     A drop-in for `keras_cv.models.StableDiffusion`. Each component is built, and its parameters
@@ -68,23 +62,6 @@ class StableDiffusion:
     """
 
     version, TextEncoder, DiffusionModel = 1, TextEncoder, DiffusionModel
-    _text_encoder = _diffusion_model = _decoder = _image_encoder = _tokenizer = None
-
-    def __init__(
-        self,
-        img_height=None,
-        img_width=None,
-        jit_compile=True,
-        weights="kerascv",
-        config=None,
-        variant=None,
-        vae=None,
-    ):
-        self.jit_compile = jit_compile
-        self.checkpoint = open_checkpoint(weights, config, self.version, variant=variant, vae=vae)
-        self.changes = Changes()
-        self.config = self.checkpoint.config
-        self.img_height, self.img_width = self.config.resolve_size(img_height, img_width)
 
     def text_to_image(
         self,
@@ -438,7 +415,7 @@ class StableDiffusion:
         levels = schedule.levels(num_steps, spacing, sampler)
         scale = self.config.guidance_scale if scale is None else scale
         scale = checks.check_number("unconditional_guidance_scale", scale)
-        noise = make_noise_source(self._latent_shape(), batch_size, seed, noise_source)
+        noise = make_noise_source(self.latent_shape, batch_size, seed, noise_source)
         return sampler, levels, scale, noise
 
     def _predict(self, unet, latent, timestep, context, negative, scale, rescale=0.0):
@@ -539,105 +516,8 @@ class StableDiffusion:
         pad = self.config.text.pad_token
         return ids + [self.tokenizer.end_of_text if pad is None else pad] * (limit - len(ids))
 
-    @property
-    def text_encoder(self):
-        """The `TextEncoder`, which turns tokens into the context."""
-        if self._text_encoder is None:
-            make = partial(self.TextEncoder, MAX_PROMPT_LENGTH)
-            self._text_encoder = self._build("text_encoder", make)
-        return self._text_encoder
-
-    @property
-    def diffusion_model(self):
-        """The `DiffusionModel`, which predicts the noise in a latent."""
-        if self._diffusion_model is None:
-            make = partial(self.DiffusionModel, self.img_height, self.img_width, None)
-            self._diffusion_model = self._build("diffusion_model", make)
-        return self._diffusion_model
-
-    @property
-    def decoder(self):
-        """The `Decoder`, which turns latents into images."""
-        if self._decoder is None:
-            make = partial(Decoder, self.img_height, self.img_width)
-            self._decoder = self._build("decoder", make)
-        return self._decoder
-
-    @property
-    def image_encoder(self):
-        """The `ImageEncoder`, which turns images into latents."""
-        if self._image_encoder is None:
-            self._image_encoder = self._build("image_encoder", ImageEncoder)
-        return self._image_encoder
-
-    @property
-    def tokenizer(self):
-        """The `SimpleTokenizer`, which turns a prompt into tokens."""
-        if self._tokenizer is None:
-            self._tokenizer = self.checkpoint.tokenizer()
-        return self._tokenizer
-
-    def _check_components(self, *components):
-        """Raises a ValueError if the checkpoint lacks one that is needed and not there yet."""
-        for component in components:
-            if getattr(self, f"_{component}") is None:
-                self.checkpoint.check(component)
-
-    def _build(self, component, make):
-        model = self.checkpoint.build(component, make)
-        model.compile(jit_compile=self.jit_compile)
-        return model
-
-    def save(self, path, format="diffusers", dtype=None):
-        """Writes all components for this and other programs, see `checkpoints.save_checkpoint`.
-
-        Args:
-            path: path of a new folder, or of a .safetensors file.
-            format: "diffusers" (a folder), "original" (a single file), "keras" (a folder of
-                .weights.h5), "kerascv" (a folder of .h5 files that KerasCV loads) or "openvino" (a
-                folder of models that generate the fastest on a CPU, and do nothing else).
-            dtype: "float32", "float16" or "bfloat16"; None is that of the parameters.
-
-        Raises:
-            ValueError: arguments that can't be used; nothing is written then.
-        """
-        save_checkpoint(self, path, format, dtype)
-
-    def load_lora(self, path, scale=1.0):
-        """Adds a LoRA to the parameters, see `adapters.lora.load_lora`.
-
-        Args:
-            path: path of a .safetensors, .pt or .bin file with the names of one of its `KINDS`, or
-                of a folder of the latter two. Several may be loaded, one after the other.
-            scale: factor of what it adds.
-
-        Raises:
-            ValueError: a file that doesn't fit; the parameters are unchanged then.
-        """
-        load_lora(self, path, scale)
-
-    def unload_lora(self):
-        """Removes all LoRAs: every parameter is exactly as it was before."""
-        unload_lora(self)
-
-    def load_embedding(self, path, token=None):
-        """Adds a textual inversion as a token, see `adapters.embedding.load_embedding`.
-
-        Args:
-            path: path of a file of one or several vectors: safetensors, or PyTorch's (.pt, .bin).
-            token: how it is written in prompts; None is the name in the file.
-
-        Raises:
-            ValueError: a file that doesn't fit, or a token that exists; nothing is changed then.
-        """
-        load_embedding(self, path, token)
-
     def _get_timestep_embedding(self, timestep, batch_size, dim=320, max_period=10000):
         return ops.convert_to_tensor(timestep_embedding([timestep] * batch_size, dim, max_period))
-
-    def _latent_shape(self):
-        c = self.config.vae
-        return self.img_height // c.cell_size, self.img_width // c.cell_size, c.latent_channels
 
 
 class StableDiffusionV2(StableDiffusion):

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from stable_diffusion import SimpleTokenizer, StableDiffusion
 from stable_diffusion.adapters.embedding import _warn_of_words, load_embedding
 from stable_diffusion.adapters.lora import load_lora, unload_lora
-from stable_diffusion.clip_tokenizer import expand_tokens
+from stable_diffusion.added_tokens import expand_tokens
 
 EMBEDDING = DATA / "lora_golden" / "embedding.safetensors"
 TOLERANCE = 5e-6  # as tests/test_diffusers_golden.py

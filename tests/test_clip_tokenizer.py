@@ -21,13 +21,9 @@ import pytest
 from helpers import DATA
 
 from stable_diffusion import clip_tokenizer, files
+from stable_diffusion.added_tokens import expand_tokens
 from stable_diffusion.cleaning import _Settings
-from stable_diffusion.clip_tokenizer import (
-    _BYTE_TO_ID,
-    NUM_PAIRS,
-    SimpleTokenizer,
-    expand_tokens,
-)
+from stable_diffusion.clip_tokenizer import _BYTE_TO_ID, NUM_PAIRS, SimpleTokenizer
 from stable_diffusion.files import WEIGHTS_DIR
 
 pytestmark = pytest.mark.quick

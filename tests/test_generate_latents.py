@@ -9,8 +9,8 @@ from keras import backend, random
 from stable_diffusion import StableDiffusion
 from stable_diffusion.config import SD1, TINY, SamplerConfig
 from stable_diffusion.noise import make_noise_source
-from stable_diffusion.noise_scheduler import Sampler
 from stable_diffusion.samplers import SAMPLERS, bind_options
+from stable_diffusion.samplers.sampler import Sampler
 
 JIT = backend.backend() == "jax"
 STEPS = 4
@@ -115,7 +115,7 @@ def test_stochastic_samplers_give_an_image_the_same_noise_in_any_batch(model, co
             latent = latent + next_noise()
             yield timestep, latent, latent
 
-    options = {"sampler": Sampler(noisy), "num_steps": 3}
+    options = {"sampler": Sampler(sample=noisy), "num_steps": 3}
     both = generate(model, context, batch_size=2, seed=[5, 6], **options)[-1][2]
     for n, seed in enumerate((5, 6)):
         alone = generate(model, context, seed=[seed], **options)[-1][2]

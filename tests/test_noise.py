@@ -10,7 +10,7 @@ import pytest
 from stable_diffusion import StableDiffusion
 from stable_diffusion.config import TINY
 from stable_diffusion.noise import NOISE_SOURCES, TorchNoise, compute_philox, make_noise_source
-from stable_diffusion.noise_scheduler import Sampler
+from stable_diffusion.samplers.sampler import Sampler
 
 TOLERANCE = 1e-6
 OWN = ["torch", "philox"]  # the sources that are computed here
@@ -194,7 +194,10 @@ def test_the_pipeline_starts_and_goes_on_with_it(model, kind):
             latent = latent + next_noise()
             yield timestep, latent, latent
 
-    context, options = np.zeros((77, TINY.text.width)), {"num_steps": 3, "sampler": Sampler(noisy)}
+    context, options = (
+        np.zeros((77, TINY.text.width)),
+        {"num_steps": 3, "sampler": Sampler(sample=noisy)},
+    )
     for seed in (5, [5, 9]):
         *_, (_, _, latent, _) = model.generate_latents(
             context, batch_size=2, seed=seed, noise_source=kind, **options

@@ -8,8 +8,9 @@ import pytest
 from helpers import DATA, randomize
 
 from stable_diffusion import DiffusionModel, StableDiffusion
+from stable_diffusion.added_tokens import expand_tokens
 from stable_diffusion.checkpoints.openvino import OpenVINOFolder
-from stable_diffusion.clip_tokenizer import SimpleTokenizer, expand_tokens
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
 from stable_diffusion.config import TINY, TINY_V2
 from stable_diffusion.prompts import (
     MOST_CHUNKS,

@@ -19,7 +19,8 @@ from keras import ops
 import stable_diffusion
 from stable_diffusion import Decoder, StableDiffusion
 from stable_diffusion.config import SD1, TINY
-from stable_diffusion.noise_scheduler import DDIM, NoiseLevel
+from stable_diffusion.noise_scheduler import NoiseLevel
+from stable_diffusion.samplers.sampler import DDIM
 
 pytestmark = pytest.mark.quick
 SPREAD = np.array([-1.0, 1.0]).reshape(1, 1, 2, 1)
@@ -163,6 +164,9 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "adapters.lora_kinds": lambda m, _: m.find_lora_kind({"up", "down"}) is m.LORA_KINDS["LoRA"],
     "adapters.lora_lists": lambda m, _: "" in m.read_lists(["0", "1"]),
     "adapters.lora": lambda m, _: len(m.name_kernels(pipeline().diffusion_model)) > 30,
+    "added_tokens": lambda m, _: (
+        m.AddedTokens(["b"]).split("aBc") == [("a", None), ("B", "b"), ("c", None)]
+    ),
     "attention_block": lambda m, _: np.allclose(
         ops.convert_to_numpy(m.attend(ones(1, 2, 4), ones(1, 3, 4), ones(1, 3, 4), 2)), 1
     ),
@@ -190,6 +194,7 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "checkpoints.torch_files": lists_globals,
     "checks": lambda m, _: m.check_int("x", np.array(3), high=3) == 3,
     "cleaning": lambda m, _: m.clean_text("A &amp;lt; Caf\u00c3\u00a9") == "a < caf\u00e9",
+    "clip_skip": lambda m, _: m.check_skip(SD1.text, 1) == 1,
     "clip_tokenizer": lambda m, _: m.SimpleTokenizer().encode("a") == [49406, 320, 49407],
     "command.arguments": lambda m, _: m.make_number_type(int, 1, 9)("7") == 7,
     "command.convert": lambda m, _: shows_help(m.main),
@@ -204,6 +209,9 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "command.terminal": lambda m, _: m.run_command("x", lambda argv: m.FAILED) == m.FAILED,
     "command.walk": lambda m, _: m.plan_frames(2, 2) == [(0, 0), (0, 1)],
     "config": lambda m, _: m.undo_departures(SD1).unet.norm_epsilon == 1e-6,
+    "components": lambda m, _: (
+        m.Components.decoder.fget(pipeline()).output_shape == (None, 64, 64, 3)
+    ),
     "decoder": lambda m, _: (
         m.Decoder(64, 48, download_weights=False, config=FEW.vae)(ones(1, 8, 6, 4)).shape
         == (1, 64, 48, 3)
@@ -238,7 +246,11 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "samplers.consistency": lambda m, _: list(m.space_lcm(ones(1000), 2)) == [499, 999],
     "samplers.from_image": starts_from_an_image,
     "samplers.deep_cache": lambda m, _: refuses(m.DeepCache, keras.Sequential(), 2),
+    "samplers.sampler": lambda m, _: m.DDIM.start(2, alpha=0.5) == 2,
     "samplers.multistep": lambda m, _: one_step(m.dpmpp_2m) == one_step(m.unipc) == 3,
+    "spacing": lambda m, _: (
+        list(m.Grid().find_timesteps(np.linspace(0.9, 0.1, 10), 2, "leading", 1)) == [6, 1]
+    ),
     "stable_diffusion": lambda m, _: pipeline().tokenize("a")[:3] == [49406, 320, 49407],
     "strips": decodes_in_strips,
     "text_encoder": lambda m, _: pipeline().encode_text("a").shape == (1, 77, 16),

@@ -13,7 +13,7 @@ import pytest
 from helpers import DATA, SPACINGS, make_schedule
 
 from stable_diffusion.config import Config, SamplerConfig, UNetConfig
-from stable_diffusion.noise_scheduler import NoiseLevel, Sampler, diffuse, split_prediction
+from stable_diffusion.noise_scheduler import NoiseLevel, diffuse, split_prediction
 from stable_diffusion.samplers import (
     SAMPLERS,
     bind_options,
@@ -22,6 +22,7 @@ from stable_diffusion.samplers import (
     is_for_few_steps,
     name_sampler,
 )
+from stable_diffusion.samplers.sampler import Sampler
 
 pytestmark = pytest.mark.quick
 
@@ -316,10 +317,10 @@ def test_v_prediction_from_no_signal_at_all(name, function, spacing):
 @pytest.mark.parametrize(("spacing", "most"), [("linspace", 999), ("trailing", 1000)])
 def test_numbers_of_steps(spacing, most):
     schedule, solver = make_schedule(spacing=spacing), SAMPLERS["unipc"]
-    assert len(schedule.levels(most, sampler=solver)) == most + 1
+    assert len(schedule.levels(most, grid=solver)) == most + 1
     for wrong in (0, -1, most + 1, 2.5, None, "5"):
         with pytest.raises(ValueError, match=f"num_steps must be an int from 1 to {most}, not"):
-            schedule.levels(wrong, sampler=solver)
+            schedule.levels(wrong, grid=solver)
 
 
 def find_timesteps(*arguments):
@@ -353,7 +354,7 @@ def test_levels_of_solvers_for_any_number_of_steps(spacing):
 def test_each_row_says_its_levels():
     """An extra point leaves the least noisy timestep out; the last alpha is the row's own."""
     schedule = make_schedule(spacing="linspace", final_alpha=None)
-    ddim, solver = (schedule.levels(4, sampler=SAMPLERS[name]) for name in ("ddim", "unipc"))
+    ddim, solver = (schedule.levels(4, grid=SAMPLERS[name]) for name in ("ddim", "unipc"))
     assert [t for t, _ in ddim] == [999, 666, 333, 0, None]
     assert [t for t, _ in solver] == [999, 749, 500, 250, None]
     assert ddim[-1] == (None, schedule.alphas_cumprod[0]) and solver[-1] == (None, 1.0)
@@ -361,7 +362,7 @@ def test_each_row_says_its_levels():
 
 def test_timesteps_that_are_not_rounded():
     schedule = make_schedule()
-    levels = schedule.levels(5, sampler=Sampler(None, rounded=False))
+    levels = schedule.levels(5, grid=Sampler(sample=None, rounded=False))
     assert [t for t, _ in levels] == [999.0, 749.25, 499.5, 249.75, 0.0, None]
     assert all(isinstance(level, NoiseLevel) for level in levels)
     alphas = schedule.alphas_cumprod
@@ -376,7 +377,7 @@ def test_the_timestep_of_an_alpha():
     schedule = make_schedule()
     for timestep in (0, 1, 500, 999):
         assert schedule.find_timestep(schedule.alphas_cumprod[timestep]) == pytest.approx(timestep)
-    for timestep, alpha in schedule.levels(7, "karras", Sampler(None, rounded=False))[:-1]:
+    for timestep, alpha in schedule.levels(7, "karras", Sampler(sample=None, rounded=False))[:-1]:
         assert schedule.find_timestep(alpha) == pytest.approx(timestep, abs=1e-9)
     log_sigma = 0.5 * np.log((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
     alpha = 1 / (1 + np.exp(log_sigma[499] + log_sigma[500]))  # log σ is linear between timesteps
@@ -449,7 +450,7 @@ def test_rows_cannot_be_changed():
 
 def test_names():
     assert find_sampler("unipc") is SAMPLERS["unipc"] is find_sampler(SAMPLERS["unipc"])
-    assert find_sampler(predict) == Sampler(predict)
+    assert find_sampler(predict) == Sampler(sample=predict)
     for name, row in SAMPLERS.items():  # a solver has its own levels, however it is named
         if name != "euler":  # Euler's function is DDIM's
             assert find_sampler(row.sample) is SAMPLERS[name]
@@ -527,8 +528,8 @@ def test_options_are_checked():
     def steer_freely(denoise, latent, levels, next_noise, **options):
         return options
 
-    assert bind_options(Sampler(steer), {"strength": 3}).sample(1, 2, 3, 4) == 3
-    assert bind_options(Sampler(steer_freely), {"x": 3}).sample(1, 2, 3, 4) == {"x": 3}
+    assert bind_options(Sampler(sample=steer), {"strength": 3}).sample(1, 2, 3, 4) == 3
+    assert bind_options(Sampler(sample=steer_freely), {"x": 3}).sample(1, 2, 3, 4) == {"x": 3}
     assert bind_options(SAMPLERS["euler"], {}, "sample") is SAMPLERS["euler"]
     bound = bind_options(SAMPLERS["ddim"], {"eta": np.float32(1)}).sample
     assert isinstance(bound, partial) and bound.keywords == {"eta": 1.0}

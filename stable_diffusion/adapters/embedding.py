@@ -23,6 +23,7 @@ import numpy as np
 from keras import ops
 from safetensors import SafetensorError
 
+from stable_diffusion.added_tokens import MAX_TOKEN, expand_tokens
 from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.checkpoints.contents import quote
 from stable_diffusion.checkpoints.tensors import (
@@ -31,12 +32,7 @@ from stable_diffusion.checkpoints.tensors import (
     open_tensors,
     save_safetensors,
 )
-from stable_diffusion.clip_tokenizer import (
-    MAX_TOKEN,
-    WORD_END,
-    SimpleTokenizer,
-    expand_tokens,
-)
+from stable_diffusion.clip_tokenizer import WORD_END, SimpleTokenizer
 from stable_diffusion.text_encoder import TextEncoder
 
 UNNAMED = ("emb_params", "string_to_param.")  # beginnings of names that are not the word

@@ -19,9 +19,10 @@ from dataclasses import fields
 from pathlib import Path, PurePosixPath
 
 from stable_diffusion import noise_scheduler
+from stable_diffusion.added_tokens import expand_tokens
 from stable_diffusion.checkpoints.contents import check_file, describe_content
 from stable_diffusion.checks import find_expected
-from stable_diffusion.clip_tokenizer import END, START, SimpleTokenizer, expand_tokens
+from stable_diffusion.clip_tokenizer import END, START, SimpleTokenizer
 from stable_diffusion.config import (
     BOUNDS,
     Config,

@@ -331,7 +331,7 @@ def check_captions(args, examples):
         return
     import regex
 
-    from stable_diffusion.clip_tokenizer import make_token_pattern
+    from stable_diffusion.added_tokens import make_token_pattern
 
     pattern = make_token_pattern(args.token)
     texts = [(text, example.path) for example in examples for text in example.captions]
@@ -802,8 +802,8 @@ def finetune(args):
     with silence_tensorflow():
         import keras
 
+        from stable_diffusion.clip_skip import check_skip
         from stable_diffusion.stable_diffusion import MAX_PROMPT_LENGTH
-        from stable_diffusion.text_encoder import check_skip
         from stable_diffusion.training import distribution
         from stable_diffusion.training.captions import truncate_captions
         from stable_diffusion.training.methods import check_trainable

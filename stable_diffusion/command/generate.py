@@ -555,7 +555,7 @@ def generate_walk(args, places):
     encode = make_encode(model, jobs, False, args.clip_skip, args.syntax)
     contexts = np.asarray(model.encode_text(args.walk, args.clip_skip, args.syntax))
     negative = encode([args.negative])
-    noise = make_noise_source(model._latent_shape(), len(seeds), seeds, args.noise_source)()
+    noise = make_noise_source(model.latent_shape, len(seeds), seeds, args.noise_source)()
     sampler, spacing = choose_sampler(args.sampler, args.spacing, model.config)
     alpha = model.config.schedule.levels(args.steps, spacing, sampler)[0].alpha
 

@@ -21,11 +21,13 @@ from difflib import get_close_matches
 from functools import partial
 
 from stable_diffusion.checks import check_number
-from stable_diffusion.noise_scheduler import DDIM, LEAST_ALPHA, Sampler, ddim
+from stable_diffusion.noise_scheduler import ddim
 from stable_diffusion.samplers.ancestral import ddpm, euler_a
 from stable_diffusion.samplers.classical import heun, pndm
 from stable_diffusion.samplers.consistency import lcm, space_lcm
 from stable_diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, unipc
+from stable_diffusion.samplers.sampler import DDIM, Sampler
+from stable_diffusion.spacing import LEAST_ALPHA
 
 
 def scale_noise(noise, alpha):
@@ -37,18 +39,19 @@ _ROW = partial(Sampler, options=())
 _TO_1 = partial(_ROW, final_alpha=1.0)
 _SIGMAS = partial(_TO_1, rounded=False, least_alpha=LEAST_ALPHA, start=scale_noise)
 _SOLVER = partial(_TO_1, extra_point=True, rounded_karras=True, least_alpha=LEAST_ALPHA)
-_FEW = ("quadratic", "karras")
+_FEW, _MULTISTEP = ("quadratic", "karras"), "DPMSolverMultistepScheduler"
 SAMPLERS = {  # name: the function, and its noise levels where they are not DDIM's
     "ddim": DDIM,
-    "ddpm": _TO_1(ddpm, scheduler="DDPMScheduler"),
-    "pndm": _ROW(pndm, refused=_FEW, combines=True, scheduler="PNDMScheduler"),
-    "euler": _SIGMAS(ddim, scheduler="EulerDiscreteScheduler"),  # without noise it is DDIM
-    "euler-a": _SIGMAS(euler_a, scheduler="EulerAncestralDiscreteScheduler"),
-    "heun": _SIGMAS(heun, scheduler="HeunDiscreteScheduler"),
-    "dpmpp-2m": _SOLVER(dpmpp_2m, scheduler="DPMSolverMultistepScheduler dpmsolver++"),
-    "dpmpp-2m-sde": _SOLVER(dpmpp_2m_sde, scheduler="DPMSolverMultistepScheduler sde-dpmsolver++"),
-    "unipc": _SOLVER(unipc, scheduler="UniPCMultistepScheduler"),
-    "lcm": _TO_1(lcm, grid=space_lcm, refused=_FEW, scheduler="LCMScheduler"),
+    "ddpm": _TO_1(sample=ddpm, scheduler="DDPMScheduler"),
+    "pndm": _ROW(sample=pndm, refused=_FEW, combines=True, scheduler="PNDMScheduler"),
+    # Euler without noise is DDIM with other levels.
+    "euler": _SIGMAS(sample=ddim, scheduler="EulerDiscreteScheduler"),
+    "euler-a": _SIGMAS(sample=euler_a, scheduler="EulerAncestralDiscreteScheduler"),
+    "heun": _SIGMAS(sample=heun, scheduler="HeunDiscreteScheduler"),
+    "dpmpp-2m": _SOLVER(sample=dpmpp_2m, scheduler=f"{_MULTISTEP} dpmsolver++"),
+    "dpmpp-2m-sde": _SOLVER(sample=dpmpp_2m_sde, scheduler=f"{_MULTISTEP} sde-dpmsolver++"),
+    "unipc": _SOLVER(sample=unipc, scheduler="UniPCMultistepScheduler"),
+    "lcm": _TO_1(sample=lcm, space=space_lcm, refused=_FEW, scheduler="LCMScheduler"),
 }
 
 
@@ -69,7 +72,7 @@ def find_sampler(sampler, spacing=None) -> Sampler:
         row = sampler
     elif callable(sampler):
         rows = (row for row in SAMPLERS.values() if row.sample is sampler)
-        row = next(rows, Sampler(sampler))
+        row = next(rows, Sampler(sample=sampler))
     elif sampler in SAMPLERS:
         row = SAMPLERS[sampler]
     else:

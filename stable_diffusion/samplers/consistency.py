@@ -12,7 +12,7 @@ TIMESTEP_SCALING = 10.0
 
 
 def space_lcm(sigmas, n):
-    """Returns n of the timesteps that the model was trained at, see `noise_scheduler.SPACINGS`."""
+    """Returns n of the timesteps that the model was trained at, see `spacing.SPACINGS`."""
     total = len(sigmas)
     trained = min(TRAINED_STEPS, total)
     places = np.arange(check_int("num_steps", n, 1, trained)) * trained // n

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from stable_diffusion.checks import check_int
-from stable_diffusion.noise_scheduler import Sampler, diffuse
+from stable_diffusion.noise_scheduler import diffuse
+from stable_diffusion.samplers.sampler import Sampler
 
 
 def start_from(sampler: Sampler, image) -> Sampler:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stable_diffusion import __version__, noise, noise_scheduler, prompts, samplers
+from stable_diffusion import __version__, noise, noise_scheduler, prompts, samplers, spacing
 from stable_diffusion.adapters import lora
 from stable_diffusion.checkpoints import FORMATS, tensors
 from stable_diffusion.command import arguments, convert, finetune, generate, png, terminal
@@ -28,7 +28,7 @@ SMALL = {generate: ["a"], convert: ["in", "out"], finetune: ["f", "--method", "l
 
 def test_names_are_those_of_the_tables():
     assert arguments.SAMPLERS == tuple(samplers.SAMPLERS)
-    assert arguments.SPACINGS == tuple(noise_scheduler.SPACINGS)
+    assert arguments.SPACINGS == tuple(spacing.SPACINGS)
     assert arguments.NOISE_SOURCES == tuple(noise.NOISE_SOURCES)
     assert arguments.PROMPT_SYNTAXES == prompts.PROMPT_SYNTAXES
     assert arguments.DTYPES == tensors.DTYPES

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from stable_diffusion.clip_tokenizer import SimpleTokenizer, expand_tokens
+from stable_diffusion.added_tokens import expand_tokens
+from stable_diffusion.clip_tokenizer import SimpleTokenizer
 
 FILE = Path(__file__).parent / "prompts_golden.json"
 WORDS = ("<one>", "<five>", *(f"<five>_{n}" for n in range(1, 5)))
