@@ -2,7 +2,9 @@
 
 import math
 import operator
+import os
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin
 
@@ -41,6 +43,17 @@ def check_number(name, value, low=-math.inf, high=math.inf) -> float:
         limit = "a finite number" if low == -math.inf else f"a number from {low:g} to {high:g}"
         raise ValueError(f"{name} must be {limit}, not {value!r:.200}.")
     return number
+
+
+def check_path(name, value) -> Path:
+    """Returns a path.
+
+    Raises:
+        ValueError: it is neither a str nor a path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name} must be a str or a path, not {value!r:.200}.")
+    return Path(value)
 
 
 def list_prompts(prompt, name="prompt") -> list[str]:

@@ -26,6 +26,12 @@ kernel = model.decoder.weights[0]
 kernel.assign(kernel * 1)  # a result of an operation, as an adapter's: part of what is traced
 for dtype in ("bfloat16", "float16"):
     model.save(f"{sys.argv[2]}/{dtype}", format="openvino", dtype=dtype)
+kernel.assign(kernel + 65520)
+try:
+    model.save(f"{sys.argv[2]}/float16", format="openvino", dtype="float16")
+    sys.exit("written")
+except ValueError as error:
+    assert "not finite in float16; float32 and bfloat16 can hold them" in str(error), error
 """
 needs_openvino = pytest.mark.skipif(
     not (find_spec("openvino") and find_spec("scipy")), reason="openvino or scipy isn't installed"

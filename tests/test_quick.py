@@ -287,3 +287,10 @@ def test_no_module_is_left_out():
 @pytest.mark.parametrize("module", CALLS)
 def test_one_call(module, tmp_path):
     assert CALLS[module](import_module(f"stable_diffusion.{module}".rstrip(".")), tmp_path)
+
+
+@pytest.mark.parametrize("call", ["load_lora", "load_embedding", "save"])
+@pytest.mark.parametrize("path", [5, None, ["a"]])
+def test_paths_of_other_types_are_refused(call, path):
+    with pytest.raises(ValueError, match="path must be a str or a path, not "):
+        getattr(pipeline(), call)(path)

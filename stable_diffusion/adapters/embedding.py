@@ -32,6 +32,7 @@ from stable_diffusion.checkpoints.tensors import (
     open_tensors,
     save_safetensors,
 )
+from stable_diffusion.checks import check_path
 from stable_diffusion.clip_tokenizer import WORD_END, SimpleTokenizer
 from stable_diffusion.text_encoder import TextEncoder
 
@@ -71,7 +72,7 @@ def load_embedding(pipeline, path: str | Path, token: str | None = None) -> list
         model.text_to_image("a <cat-toy> on a beach")
         ```
     """
-    file = open_tensors(path)
+    file = open_tensors(check_path("path", path))
     vectors, name = _read_vectors(file)
     ids = add_token(pipeline, name if token is None else token, vectors, path)
     inner = file.metadata.get("name", name)

@@ -77,6 +77,7 @@ from stable_diffusion.checkpoints.tensors import (
     save_safetensors,
     summarize_problems,
 )
+from stable_diffusion.checks import check_path
 from stable_diffusion.files import find_file
 
 
@@ -265,7 +266,7 @@ def load_lora(pipeline, path: str | Path, scale: float = 1.0) -> int:
     """
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, not {scale!r}.")
-    path = _find_lora_file(path)
+    path = _find_lora_file(check_path("path", path))
     file = open_tensors(path)
     words = _find_words(file)
     names = sorted(file.shapes.keys() - words.values())

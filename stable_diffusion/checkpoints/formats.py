@@ -42,6 +42,7 @@ from stable_diffusion.checkpoints.original import (
 )
 from stable_diffusion.checkpoints.reader import OtherVAE, Reader
 from stable_diffusion.checkpoints.tensors import MAX_NAMES, SUFFIXES, check_dtype
+from stable_diffusion.checks import check_path
 from stable_diffusion.config import COMPONENTS, SD1, SD2, Config
 from stable_diffusion.files import WEIGHTS_DIR
 from stable_diffusion.replacing import check_output
@@ -259,6 +260,7 @@ def check_target(path: str | Path, format: str, config: Config):
         ValueError, OSError: see `replacing.check_output`; or there is no such format, or the name
             of a single file has another suffix than .safetensors.
     """
+    check_path("path", path)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
     kind = FORMATS[format].find_kind(config)

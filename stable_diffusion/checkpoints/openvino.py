@@ -30,7 +30,7 @@ from stable_diffusion.checkpoints.diffusers_config import (
     write_config_files,
 )
 from stable_diffusion.checkpoints.reader import Reader, loaded_models, make_missing_error
-from stable_diffusion.checkpoints.tensors import check_dtype
+from stable_diffusion.checkpoints.tensors import cast_stored, check_dtype
 from stable_diffusion.files import find_file
 from stable_diffusion.replacing import replace_folder
 
@@ -167,8 +167,8 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
             the processor computes in it, and "float16" otherwise.
 
     Raises:
-        ValueError: Keras' backend is not OpenVINO, the dtype is unknown, or the folder contains
-            something else.
+        ValueError: Keras' backend is not OpenVINO, the dtype is unknown or can't hold a value, or
+            the folder contains something else.
     """
     if keras.backend.backend() != "openvino":
         raise ValueError(
@@ -180,6 +180,8 @@ def save_openvino(folder, config, models, tokenizer, dtype=None):
 
     can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     dtype = dtype or ("bfloat16" if "BF16" in can else "float16")
+    for variable in (each for component in NEEDED for each in models[component].weights):
+        cast_stored(variable.path, ops.convert_to_numpy(variable), dtype)
 
     with replace_folder(folder, OPENVINO_FOLDER) as written:
         size = models["decoder"].output_shape[1]
