@@ -2,6 +2,7 @@
 
 import gc
 import os
+import weakref
 
 import pytest
 
@@ -24,6 +25,40 @@ def eagerly(monkeypatch):
         compiled(self, *args, **options | {"run_eagerly": True, "jit_compile": False})
 
     monkeypatch.setattr(keras.Model, "compile", compile)
+
+
+_free = {}  # models of pipelines that are gone, by what they were built from
+
+
+@pytest.fixture
+def reused(monkeypatch):
+    """Lets pipelines have the models of those that are gone, with their parameters loaded anew.
+
+    To build a tiny model and its graph takes much longer than to run it. This is for tests of
+    commands, whose models are gone when they end. Models of random parameters are built as always.
+    """
+    import keras
+
+    from stable_diffusion.config import COMPONENTS
+    from stable_diffusion.stable_diffusion import StableDiffusion
+
+    build = StableDiffusion._build
+
+    def build_or_reuse(self, component, make):
+        if not self.checkpoint.loads:
+            return build(self, component, make)
+        config = getattr(self.config, COMPONENTS[component])
+        size, policy = (self.img_height, self.img_width), keras.config.dtype_policy().name
+        key = type(self), component, config, size, policy, self.jit_compile, keras.Model.compile
+        free = _free.setdefault(key, [])
+        used = free.pop() if free else None
+        compiled = used and used.predict_function
+        model = build(self, component, (lambda **given: used) if used else make)
+        model.predict_function = compiled  # which `Model.compile` forgets
+        weakref.finalize(self, free.append, model)
+        return model
+
+    monkeypatch.setattr(StableDiffusion, "_build", build_or_reuse)
 
 
 @pytest.fixture(scope="session")

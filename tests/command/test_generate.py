@@ -69,7 +69,7 @@ def few_steps(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(monkeypatch, parts, tmp_path):
+def tiny(monkeypatch, parts, tmp_path, reused):
     """Makes the command use tiny models of random parameters, in an empty folder."""
     asked = []
 
@@ -91,7 +91,7 @@ def tiny(monkeypatch, parts, tmp_path):
 
 
 @pytest.fixture
-def run(capfd):
+def run(capfd, reused):
     """Returns a function that runs the command: its status, lines of output and errors."""
 
     def run(*argv):

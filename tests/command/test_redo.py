@@ -37,7 +37,7 @@ Model hash: 45dee52b, Model: real, Clip skip: 2, Lora hashes: "blip: 0123, x: \\
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch):
+def run(capfd, tmp_path, monkeypatch, reused):
     """Returns a function that runs the command in an empty folder: status, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -88,7 +88,7 @@ def check_redone(run, path, *argv):
         ["a", "--image", "in.png", "--mask", "mask.png", "--crop", "8", "--strength", "0.6"],
     ],
 )
-def test_an_image_is_generated_again_bit_for_bit(run, weights, argv, eagerly):
+def test_an_image_is_generated_again_bit_for_bit(run, weights, argv):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), "uint8")).save("in.png")
     mask = np.zeros((64, 64), "uint8")
@@ -116,7 +116,7 @@ def test_images_of_batches_too(run, weights):
     )
 
 
-def test_options_replace_those_of_the_png(run, weights, eagerly):
+def test_options_replace_those_of_the_png(run, weights):
     run("a cat", "--weights", weights, *STEPS, "--seed", "5", "--out", "a.png", "--guidance", "4")
     status, [path], _ = run("--redo", "a.png", "--seed", "6", "--out", "b.png")
     assert (status, path) == (0, "b.png")
@@ -187,7 +187,7 @@ def test_what_cannot_be_generated_again(run, monkeypatch, argv, message):
     assert (status, out, len(err)) == (2, [], 1) and message in err[0]
 
 
-def test_what_may_differ_is_told(run, weights, eagerly):
+def test_what_may_differ_is_told(run, weights):
     run("a", "--weights", weights, *STEPS, "--seed", "1", "--out", "a.png")
     text = png.read_text("a.png") | {"version": "0.0.1", "backend": "jax"}
     png.write_png("old.png", pixels("a.png"), text)
@@ -289,7 +289,7 @@ def test_samplers_and_noise_have_their_names():
     assert {*parameters.SCHEDULES} <= {*arguments.SPACINGS}
 
 
-def test_info_of_our_own_image(run, weights, eagerly):
+def test_info_of_our_own_image(run, weights):
     """Its command writes the same image."""
     _, [path], _ = run("a (cat)", "--weights", weights, *STEPS, "--seed", "4", "--negative", "x y")
     status, out, err = run("--info", path)

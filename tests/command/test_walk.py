@@ -13,7 +13,7 @@ FAST = ["--steps", "2", "--seed", "7"]
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch, weights, eagerly):
+def run(capfd, tmp_path, monkeypatch, weights, reused):
     """Returns a function that runs the command in an empty folder: status, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
