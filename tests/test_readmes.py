@@ -2,7 +2,7 @@
 
 Blocks of Python run, each in a folder of its own. Blocks of commands (```sh) are parsed by the
 commands' own parsers, and the commands in `RUN` also run. To be quick, both run on the embedded
-checkpoint with at most `FEW_STEPS` steps, which run eagerly. A block after the comment
+checkpoint with at most `FEW_STEPS` steps. A block after the comment
 `<!-- parse only -->` is only parsed: it needs hours, a network, another backend or a file that is
 not there. Commands in the text, and behind `$` in blocks of output, are parsed, too.
 """
@@ -306,8 +306,8 @@ def supplies(tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(supplies, tmp_path, monkeypatch):
-    """A copy of `supplies` as the current folder; the pipeline takes few steps, eagerly."""
+def workplace(supplies, tmp_path, monkeypatch, reused):
+    """A copy of `supplies` as the current folder; the pipeline takes few steps, without XLA."""
     folder = tmp_path / "workplace"
     shutil.copytree(supplies, folder)
     monkeypatch.chdir(folder)
@@ -324,13 +324,12 @@ def workplace(supplies, tmp_path, monkeypatch):
 
     build = StableDiffusion._build
 
-    def build_eager(self, component, make):
-        model = build(self, component, make)
-        model.run_eagerly = True
-        return model
+    def build_without_xla(self, component, make):
+        self.jit_compile = False
+        return build(self, component, make)
 
     monkeypatch.setattr(StableDiffusion, "generate_latents", generate_latents)
-    monkeypatch.setattr(StableDiffusion, "_build", build_eager)
+    monkeypatch.setattr(StableDiffusion, "_build", build_without_xla)
     return folder
 
 
@@ -411,7 +410,7 @@ def test_shapes_in_comments_are_found():
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="every backend has its own random numbers"
 )
-def test_the_first_image_is_what_the_first_command_writes(tmp_path, monkeypatch, capsys):
+def test_the_first_image_is_what_the_first_command_writes(tmp_path, monkeypatch, capsys, reused):
     monkeypatch.chdir(tmp_path)
     words = next(w for w in list_commands(ROOT / "README.md") if w[0] == "stable-diffusion")
     assert generate.main([*words[1:], "--seed", "0"]) == 0
