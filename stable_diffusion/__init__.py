@@ -20,6 +20,8 @@ From KerasCV, with its signatures: `StableDiffusion`, `StableDiffusionV2`, `Text
     StableDiffusion.save .load_lora .unload_lora .load_embedding  files of parameters
     StableDiffusion.config .checkpoint                            what was loaded
     config.Config .TextConfig .UNetConfig .VAEConfig              architectures
+    config.TinyVAEConfig                                          that of a tiny VAE
+    tiny_vae.TinyDecoder .TinyEncoder .load_decoder               TAESD, a tiny VAE
     config.SD1 .SD2 .SD1_INPAINTING .TINY .TINY_V2                named ones
     config.undo_departures                                        KerasCV's dialect to the original
     checkpoints.open_checkpoint .save_checkpoint .FORMATS         formats of checkpoints
@@ -52,7 +54,9 @@ _MODULES = {  # names that are imported when they are first used, so that `--hel
     "StableDiffusionV2": "stable_diffusion",
     "TextEncoder": "text_encoder",
     "TextEncoderV2": "text_encoder",
-    **dict.fromkeys(("adapters", "checkpoints", "config", "parity", "samplers", "training")),
+    **dict.fromkeys(
+        ("adapters", "checkpoints", "config", "parity", "samplers", "tiny_vae", "training")
+    ),
 }
 __all__ = ["__version__", *_MODULES]
 

@@ -188,16 +188,18 @@ def find_expected(value, kind, bounds=None):
     Args:
         value: the value.
         kind: the annotation of the field: int, float, another class, a `Literal`, a tuple of any
-            length, or one of these or None.
+            length, or one of several of these, of which one may be None.
         bounds: the least and the largest number, of ints and floats.
 
     Returns:
         None if the value is one, otherwise what it should be, as in "a positive int up to 9".
     """
     if isinstance(kind, UnionType):
-        if value is None:
+        kinds = [one for one in get_args(kind) if one is not NoneType]
+        if value is None and len(kinds) < len(get_args(kind)):
             return None
-        (kind,) = (one for one in get_args(kind) if one is not NoneType)
+        expected = [find_expected(value, one, bounds) for one in kinds]
+        return None if None in expected else " or ".join(expected)
     if get_origin(kind) is Literal:
         return None if value in get_args(kind) else f"one of {get_args(kind)}"
     if get_origin(kind) is tuple:

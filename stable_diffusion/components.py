@@ -6,8 +6,10 @@ from stable_diffusion.adapters.embedding import load_embedding
 from stable_diffusion.adapters.lora import load_lora, unload_lora
 from stable_diffusion.checkpoints import open_checkpoint, save_checkpoint
 from stable_diffusion.checkpoints.changes import Changes
+from stable_diffusion.config import TinyVAEConfig
 from stable_diffusion.decoder import Decoder
 from stable_diffusion.image_encoder import ImageEncoder
+from stable_diffusion.tiny_vae import TinyDecoder, TinyEncoder
 
 MAX_PROMPT_LENGTH = 77  # tokens, CLIP's context length
 
@@ -61,17 +63,19 @@ class Components:
 
     @property
     def decoder(self):
-        """The `Decoder`, which turns latents into images."""
+        """The `Decoder`, or a `TinyDecoder`, which turns latents into images."""
         if self._decoder is None:
-            make = partial(Decoder, self.img_height, self.img_width)
+            kind = TinyDecoder if isinstance(self.config.vae, TinyVAEConfig) else Decoder
+            make = partial(kind, self.img_height, self.img_width)
             self._decoder = self._build("decoder", make)
         return self._decoder
 
     @property
     def image_encoder(self):
-        """The `ImageEncoder`, which turns images into latents."""
+        """The `ImageEncoder`, or a `TinyEncoder`, which turns images into latents."""
         if self._image_encoder is None:
-            self._image_encoder = self._build("image_encoder", ImageEncoder)
+            kind = TinyEncoder if isinstance(self.config.vae, TinyVAEConfig) else ImageEncoder
+            self._image_encoder = self._build("image_encoder", kind)
         return self._image_encoder
 
     @property

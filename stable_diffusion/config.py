@@ -30,6 +30,8 @@ BOUNDS = {  # of the numbers below: the least and the largest, far above all tha
     "context_width": (1, 8192),
     "depth": (1, 100),
     "res_blocks": (1, 100),
+    "encoder_blocks": (1, 100),
+    "decoder_blocks": (1, 100),
     "heads": (1, 1024),
     "vocab_size": (1, 10_000_000),
     "pad_token": (0, 10_000_000),
@@ -137,6 +139,41 @@ class VAEConfig(Checked):
 
 
 @dataclass(frozen=True)
+class TinyVAEConfig(Checked):
+    """A tiny autoencoder, TAESD, whose latents have unit variance already.
+
+    `encoder_blocks` and `decoder_blocks` have the number of residual blocks in each stage, in the
+    order in which they are computed: the encoder's finest first, the decoder's coarsest first.
+
+    Reference: Ollin Boer Bohan 2023, https://github.com/madebyollin/taesd.
+    """
+
+    width: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_channels: int = 4
+    scaling_factor: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.encoder_blocks) != len(self.decoder_blocks):
+            raise ValueError(
+                f"encoder_blocks and decoder_blocks must have an entry for each stage, not "
+                f"{len(self.encoder_blocks)} and {len(self.decoder_blocks)}."
+            )
+
+    @property
+    def widths(self):
+        """The width of each stage."""
+        return (self.width,) * len(self.encoder_blocks)
+
+    @property
+    def cell_size(self):
+        """How many pixels wide a latent cell is, see `VAEConfig`."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
 class SamplerConfig(Checked):
     """The sampler that a checkpoint names, in the words of its scheduler config.
 
@@ -159,7 +196,7 @@ class Config(Checked):
 
     text: TextConfig = TextConfig()
     unet: UNetConfig = UNetConfig()
-    vae: VAEConfig = VAEConfig()
+    vae: VAEConfig | TinyVAEConfig = VAEConfig()
     schedule: NoiseScheduler = NoiseScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )
@@ -209,13 +246,13 @@ TINY_V2 = replace(
 
 def undo_departures(config: Config) -> Config:
     """Returns `config` with KerasCV's departures from the original implementation undone."""
-    text = config.text
+    text, vae = config.text, config.vae
     if text.activation == "gelu_tanh":
         text = replace(text, activation="gelu", pad_token=0)
     return replace(
         config,
         text=text,
         unet=replace(config.unet, norm_epsilon=1e-6, approximate_gelu=False),
-        vae=replace(config.vae, norm_epsilon=1e-6),
+        vae=replace(vae, norm_epsilon=1e-6) if isinstance(vae, VAEConfig) else vae,
         schedule=replace(config.schedule, spacing="leading", steps_offset=1, final_alpha=None),
     )

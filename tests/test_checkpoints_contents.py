@@ -164,7 +164,7 @@ def test_folders_without_a_checkpoint(tmp_path):
         ("control_model.input_hint_block.0.weight", (1, 1), "a ControlNet"),
         ("conditioner.embedders.1.model.ln_final.weight", (1,), "Stable Diffusion XL"),
         ("noise_augmentor.data_mean", (1,), "Stable unCLIP"),
-        ("decoder.layers.3.conv.0.weight", (1, 1, 3, 3), "TAESD"),
+        ("decoder.layers.3.conv.0.weight", (1, 1, 3, 3), "a tiny VAE"),
         ("adapter.body.0.resnets.0.block1.weight", (1, 1, 3, 3), "a T2I adapter"),
         ("unet.x.lora_linear_layer.up.weight", (1, 1), "a LoRA, which load_lora"),
         ("string_to_param.*", (1, 768), "an embedding, which load_embedding"),

@@ -18,7 +18,7 @@ from keras import ops
 
 import stable_diffusion
 from stable_diffusion import Decoder, StableDiffusion
-from stable_diffusion.config import SD1, TINY
+from stable_diffusion.config import SD1, TINY, TinyVAEConfig
 from stable_diffusion.noise_scheduler import NoiseLevel
 from stable_diffusion.samplers.sampler import DDIM
 
@@ -190,6 +190,9 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
         len(m.find_slots("decoder", pipeline().decoder, FEW)) == len(pipeline().decoder.weights)
     ),
     "checkpoints.reader": lambda m, _: m.Reader(TINY).tokenizer().end_of_text == 49407,
+    "checkpoints.taesd": lambda m, _: (
+        m.choose_partner("a_encoder.pth", ["a_decoder.pt"]) is not None
+    ),
     "checkpoints.tensors": lambda m, folder: refuses(m.open_tensors, folder / "x.safetensors"),
     "checkpoints.torch_files": lists_globals,
     "checks": lambda m, _: m.check_int("x", np.array(3), high=3) == 3,
@@ -254,6 +257,10 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "stable_diffusion": lambda m, _: pipeline().tokenize("a")[:3] == [49406, 320, 49407],
     "strips": decodes_in_strips,
     "text_encoder": lambda m, _: pipeline().encode_text("a").shape == (1, 77, 16),
+    "tiny_vae": lambda m, _: (
+        m.TinyDecoder(16, 8, config=TinyVAEConfig(2, (1, 1), (1, 1)))(ones(1, 8, 4, 4)).shape
+        == (1, 16, 8, 3)
+    ),
     "training.cache": lambda m, _: (
         m.hash_parameters(pipeline().decoder) == m.hash_parameters(pipeline().decoder)
     ),

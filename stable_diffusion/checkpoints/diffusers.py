@@ -8,7 +8,7 @@ with the suffix .bin; several variants of the same may be there, see `choose_fil
     text_encoder/model.safetensors              component "text_encoder"
     unet/config.json                            `UNetConfig`
     unet/diffusion_pytorch_model.safetensors    component "diffusion_model"
-    vae/config.json                             `VAEConfig`
+    vae/config.json                             `VAEConfig` or `TinyVAEConfig`
     vae/diffusion_pytorch_model.safetensors     components "decoder" and "image_encoder"
     scheduler/scheduler_config.json             `NoiseScheduler`, `SamplerConfig`
     tokenizer/{vocab.json,merges.txt,...}       `SimpleTokenizer`
@@ -30,6 +30,7 @@ from stable_diffusion.checkpoints.diffusers_config import (
     INDEX,
     MERGES,
     TOKENIZER_FILES,
+    VAE_CLASSES,
     make_config_files,
     read_config,
     read_config_files,
@@ -38,7 +39,13 @@ from stable_diffusion.checkpoints.diffusers_config import (
     write_config_files,
 )
 from stable_diffusion.checkpoints.layout import Layout
-from stable_diffusion.checkpoints.names import CLIP, TRANSFORMER, VAE_LAYOUTS, ignore_layers
+from stable_diffusion.checkpoints.names import (
+    CLIP,
+    TRANSFORMER,
+    VAE_LAYOUTS,
+    ignore_layers,
+    name_tiny_vae,
+)
 from stable_diffusion.checkpoints.reader import Reader, check_components, make_missing_error
 from stable_diffusion.checkpoints.tensors import (
     MAX_NAMES,
@@ -51,7 +58,7 @@ from stable_diffusion.checkpoints.tensors import (
     save_safetensors,
 )
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.config import Config
+from stable_diffusion.config import COMPONENTS, Config, TinyVAEConfig
 from stable_diffusion.files import find_file, list_files
 from stable_diffusion.replacing import FolderKind, replace_folder
 
@@ -161,7 +168,7 @@ class DiffusersFolder(Reader):
             ValueError: the parameters do not fit the model; the message lists what is missing,
                 unused or misshapen.
         """
-        layout, subfolder = LAYOUTS[component], self.folders[component]
+        layout, subfolder = find_layout(component, self.config), self.folders[component]
         if component == "text_encoder":
             layout = ignore_layers(layout, self.config.text.depth)
         where, names = self.folder / subfolder, self.list_files(subfolder)
@@ -264,8 +271,9 @@ class VAEFolder(DiffusersFolder):
         self.folder, self.variant = Path(folder), None
         path = self.folder / VAE_CONFIG
         config = read_json(path)
-        if (kind := config.get("_class_name")) != "AutoencoderKL":
-            raise ValueError(f"{path}: _class_name must be 'AutoencoderKL', not {kind!r:.100}.")
+        if (kind := config.get("_class_name")) not in [*VAE_CLASSES]:
+            known = " or ".join(map(repr, VAE_CLASSES))
+            raise ValueError(f"{path}: _class_name must be {known}, not {kind!r:.100}.")
         self.files = {"vae/config.json": config}
         Reader.__init__(self, read_config(self.folder, self.files))
 
@@ -286,6 +294,14 @@ class HubVAE(VAEFolder):
         path = repository.fetch_file(name)
         for shard in list_shards(path) if name.endswith(".json") else ():
             repository.fetch_file(shard)
+
+
+def find_layout(component, config) -> Layout:
+    """Returns the layout of a component that is built from a `Config`."""
+    if COMPONENTS[component] == "vae" and isinstance(config.vae, TinyVAEConfig):
+        other = "encoder" if component == "decoder" else "decoder"
+        return name_tiny_vae(component, config.vae, ignored=rf"{other}\..*")
+    return LAYOUTS[component]
 
 
 def save_diffusers(
@@ -327,7 +343,7 @@ def save_diffusers(
                 slot
                 for component, model in models.items()
                 if FOLDERS[component] == subfolder
-                for slot in LAYOUTS[component].find_slots(model)
+                for slot in find_layout(component, config).find_slots(model)
             ]
             path = written / subfolder / f"{STEMS[subfolder][0]}{SAFETENSORS_SUFFIX}"
             save_safetensors(path, collect_tensors(slots, dtype))

@@ -28,6 +28,7 @@ from stable_diffusion.config import (
     Config,
     SamplerConfig,
     TextConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
@@ -103,6 +104,14 @@ VAE = {
     "norm_num_groups": "groups",
     "scaling_factor": "scaling_factor",
 }
+VAE_CLASSES = {"AutoencoderKL": VAEConfig, "AutoencoderTiny": TinyVAEConfig}
+TINY_VAE = {
+    "num_encoder_blocks": "encoder_blocks",
+    "num_decoder_blocks": "decoder_blocks",
+    "latent_channels": "latent_channels",
+    "scaling_factor": "scaling_factor",
+}
+TINY_WIDTHS = ("encoder_block_out_channels", "decoder_block_out_channels")  # all are our one width
 SCHEDULE = {
     "num_train_timesteps": "train_timesteps",
     "beta_start": "beta_start",
@@ -185,6 +194,14 @@ FIXED = {
         "shift_factor": None,
         "use_post_quant_conv": True,
         "use_quant_conv": True,
+    },
+    "tiny_vae": {
+        "act_fn": "relu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "shift_factor": 0.0,
+        "upsample_fn": "nearest",
+        "upsampling_scaling_factor": 2,
     },
     "scheduler": {
         "thresholding": False,
@@ -314,16 +331,17 @@ def read_config(where, files) -> Config:
         raise ValueError(f"{where} has none of {', '.join(CONFIGS)}.")
     if "unet" in data:
         data["unet"] = _join_stages(data["unet"])
-    for name, fixed in FIXED.items():
-        for key, value in fixed.items():
+    tiny = _find_vae_class(data.get("vae", {})) is TinyVAEConfig
+    for name in paths:
+        for key, value in FIXED["tiny_vae" if tiny and name == "vae" else name].items():
             if (found := data.get(name, {}).get(key, value)) != value:
                 raise _make_error(paths[name], key, found, repr(value))
     text, unet, vae = TextConfig(), UNetConfig(norm_epsilon=1e-6), VAEConfig(norm_epsilon=1e-6)
     if "text_encoder" in data:
         text = _read_text(paths["text_encoder"], data["text_encoder"], where, files)
     if "vae" in data:
-        vae = _read_vae(paths["vae"], data["vae"])
-    scale, size = 2 ** (len(vae.widths) - 1), 64
+        vae = (_read_tiny_vae if tiny else _read_vae)(paths["vae"], data["vae"])
+    scale, size = vae.cell_size, 64
     if "unet" in data:
         unet, size = _read_unet(paths["unet"], data["unet"], scale)
     if "unet" in data and "text_encoder" in data and unet.context_width != text.width:
@@ -482,6 +500,29 @@ def _read_vae(path, data):
         return VAEConfig(**found, **own)
 
 
+def _find_vae_class(data):
+    """Returns the class of config for a VAE; one that is unknown is read as diffusers' usual."""
+    name = data.get("_class_name")
+    return VAE_CLASSES.get(name, VAEConfig) if isinstance(name, str) else VAEConfig
+
+
+def _read_tiny_vae(path, data):
+    default = TinyVAEConfig()
+    data = {key: getattr(default, field) for key, field in TINY_VAE.items()} | data
+    found = _read_fields(path, data, TINY_VAE, TinyVAEConfig, BOUNDS)
+    width = default.width
+    for key, blocks in zip(TINY_WIDTHS, ("encoder_blocks", "decoder_blocks"), strict=True):
+        widths = data.get(key, [width] * len(found[blocks]))
+        if expected := find_expected(widths, tuple[int, ...], BOUNDS["width"]):
+            raise _make_error(path, key, widths, expected)
+        width = widths[0] if key == TINY_WIDTHS[0] else width
+        if list(widths) != [width] * len(found[blocks]):
+            supported = f"{len(found[blocks])} times {width}, one width for all stages of both ways"
+            raise _make_error(path, key, widths, supported)
+    with _naming(path):
+        return TinyVAEConfig(width, **found)
+
+
 def _read_schedule(path, data):
     if data is None:  # the schedule of Stable Diffusion
         data = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -536,6 +577,7 @@ def make_config_files(config, models, tokenizer) -> dict:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pads[pad_id]}
     present = dict.fromkeys(FOLDERS[component] for component in models)
     own = {GUIDANCE: config.guidance_scale}
+    vae_class = next(name for name, kind in VAE_CLASSES.items() if isinstance(vae, kind))
     files = {
         INDEX: {
             "_class_name": "StableDiffusionPipeline",
@@ -548,7 +590,7 @@ def make_config_files(config, models, tokenizer) -> dict:
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", vae_class],
             **({} if config.guidance_scale == Config.guidance_scale else own),
         },
         MERGES: _list_merges(tokenizer),
@@ -593,9 +635,17 @@ def make_config_files(config, models, tokenizer) -> dict:
             "sample_size": config.size // unet.cell_size,
             **_list_departures(unet, "norm_epsilon", "approximate_gelu"),
         }
-    if "vae" in present:
+    if "vae" in present and isinstance(vae, TinyVAEConfig):
         files["vae/config.json"] = {
-            "_class_name": "AutoencoderKL",
+            "_class_name": vae_class,
+            **VERSION,
+            **{key: getattr(vae, field) for key, field in TINY_VAE.items()},
+            **FIXED["tiny_vae"],
+            **dict.fromkeys(TINY_WIDTHS, vae.widths),
+        }
+    elif "vae" in present:
+        files["vae/config.json"] = {
+            "_class_name": vae_class,
             **VERSION,
             **{key: getattr(vae, field) for key, field in VAE.items()},
             **FIXED["vae"],

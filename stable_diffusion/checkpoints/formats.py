@@ -41,9 +41,10 @@ from stable_diffusion.checkpoints.original import (
     save_original,
 )
 from stable_diffusion.checkpoints.reader import OtherVAE, Reader
+from stable_diffusion.checkpoints.taesd import TinyFiles, choose_partner
 from stable_diffusion.checkpoints.tensors import MAX_NAMES, SUFFIXES, check_dtype
 from stable_diffusion.checks import check_path
-from stable_diffusion.config import COMPONENTS, SD1, SD2, Config
+from stable_diffusion.config import COMPONENTS, SD1, SD2, Config, TinyVAEConfig
 from stable_diffusion.files import WEIGHTS_DIR
 from stable_diffusion.replacing import check_output
 
@@ -147,7 +148,8 @@ def open_checkpoint(
             usual: from its safetensors, otherwise those of "fp16", otherwise PyTorch's .bin.
         vae: where the VAE comes from instead: a file of only a VAE, or of a whole model, with
             names of the original layout or of diffusers; a folder in diffusers' layout, or its
-            subfolder vae; or anything else that `weights` may be. None is `weights`.
+            subfolder vae; a tiny VAE (TAESD) in diffusers' layout, or one of its two original
+            files, or a folder of both; or anything else that `weights` may be. None is `weights`.
 
     Returns:
         A `Reader`. Parameters are downloaded when a component is built; config files from the hub
@@ -167,22 +169,34 @@ def open_checkpoint(
         if prediction_type:
             schedule = replace(reader.config.schedule, prediction_type=prediction_type)
             reader.config = replace(reader.config, schedule=schedule)
-    return reader if vae is None else OtherVAE(reader, _find_vae(vae))
+    return reader if vae is None else OtherVAE(reader, open_vae(vae))
 
 
-def _find_vae(vae):
-    """Returns the reader of a VAE, see `open_checkpoint`."""
+def open_vae(vae) -> Reader:
+    """Returns the reader of a VAE.
+
+    Args:
+        vae: see `open_checkpoint`; not None.
+
+    Raises:
+        ValueError: it is no VAE that the package reads.
+    """
     if isinstance(vae, Reader):
         return vae
+    path = Path(vae)
     if str(vae).startswith(hub.SCHEME):
         repository, file = hub.find_repository(str(vae))
         if not file and VAE_CONFIG in repository.files:
             return HubVAE(repository)
-    elif VAEFolder.recognize(Path(vae)):
+        if not file or not TinyFiles.recognize(path := repository.fetch_file(file)):
+            return open_checkpoint(vae)
+        if partner := choose_partner(file, repository.files):
+            repository.fetch_file(partner)
+    elif VAEFolder.recognize(path):
         return VAEFolder(vae)
-    elif VAEFolder.recognize(Path(vae) / "vae"):
+    elif VAEFolder.recognize(path / "vae"):
         return DiffusersFolder(vae)
-    return open_checkpoint(vae)
+    return TinyFiles(path) if TinyFiles.recognize(path) else open_checkpoint(vae)
 
 
 def _find_reader(weights, config, version, ema, prediction_type, variant):
@@ -258,11 +272,17 @@ def check_target(path: str | Path, format: str, config: Config):
 
     Raises:
         ValueError, OSError: see `replacing.check_output`; or there is no such format, or the name
-            of a single file has another suffix than .safetensors.
+            of a single file has another suffix than .safetensors; or the format has no names for
+            a tiny VAE.
     """
     check_path("path", path)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
+    if isinstance(config.vae, TinyVAEConfig) and format in ("original", "kerascv"):
+        raise ValueError(
+            f"format must be 'diffusers', 'keras' or 'openvino', not {format!r}, which has no "
+            f"names for a tiny VAE."
+        )
     kind = FORMATS[format].find_kind(config)
     if kind is None:
         check_name(path)
@@ -288,11 +308,13 @@ def save_checkpoint(
 
     Raises:
         ValueError: the format or dtype is unknown, the path contains something else (see
-            `check_target`), or the dtype cannot hold the parameters. Nothing is written then.
+            `check_target`), the pipeline's checkpoint lacks a component, or the dtype cannot hold
+            the parameters. Nothing is written then.
         OSError: the path can't be written, or the disk is full. What was there is unchanged.
     """
     check_dtype(dtype)
     check_target(path, format, pipeline.config)
     chosen = FORMATS[format]
+    pipeline._check_components(*chosen.components)
     models = {component: getattr(pipeline, component) for component in chosen.components}
     chosen.write(path, pipeline.config, models, pipeline.tokenizer, dtype)

@@ -85,3 +85,31 @@ VAE_LAYOUTS = {  # in diffusers' layout
         **_VAE,
     ),
 }
+
+
+def name_tiny_vae(component, config, root="{}.layers.", first=0, ignored="") -> Layout:
+    """Returns the layout of a half of a tiny VAE, whose layers are numbered from end to end.
+
+    Args:
+        component: "decoder" or "image_encoder".
+        config: a `TinyVAEConfig`.
+        root: text before each number, with {} for the half. The default is diffusers'.
+        first: the number of the first convolution.
+        ignored: pattern of other names that a file may have.
+    """
+    decodes = component == "decoder"
+    half, way, repeats = ("decoder", "up", 1) if decodes else ("encoder", "down", 0)
+    blocks = config.decoder_blocks if decodes else config.encoder_blocks
+    root, n = root.format(half), first + 1 + decodes  # a ReLU follows the decoder's first one
+    names = {"conv_in": f"{root}{first}"}
+    for i, count in enumerate(blocks):
+        names |= {f"{way}_{i}_res_{j}": f"{root}{n + j}" for j in range(count)}
+        n += count
+        if i < len(blocks) - 1:
+            n += repeats  # which has no parameters
+            names[f"{way}_{i}_{way}sample"] = f"{root}{n}"
+            n += 1
+    names["conv_out"] = f"{root}{n}"
+    return Layout(
+        names, residual={"conv1": "conv.0", "conv2": "conv.2", "conv3": "conv.4"}, ignored=ignored
+    )

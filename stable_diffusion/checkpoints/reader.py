@@ -9,7 +9,7 @@ import keras
 
 from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.clip_tokenizer import SimpleTokenizer
-from stable_diffusion.config import COMPONENTS, Config
+from stable_diffusion.config import COMPONENTS, Config, TinyVAEConfig, VAEConfig
 
 loaded_models = WeakSet()  # models whose parameters came from a checkpoint
 
@@ -79,12 +79,16 @@ class OtherVAE(Reader):
 
     def __init__(self, main, vae):
         unet, config = main.config.unet, vae.config.vae
+        tiny = isinstance(config, TinyVAEConfig)
         if config.latent_channels != unet.out_channels:
+            other = " A TAESD of 16, such as taesd3 or taef1, is for Stable Diffusion 3 or Flux."
             raise ValueError(
                 f"vae must have latents of {unet.out_channels} channels, as the diffusion model, "
-                f"not of {config.latent_channels}."
+                f"not of {config.latent_channels}.{other if tiny else ''}"
             )
-        if "scaling_factor" not in getattr(vae, "files", {}).get("vae/config.json", {}):
+        plain = type(config) is type(main.config.vae) is VAEConfig  # latents of TAESD are scaled
+        said = getattr(vae, "files", {}).get("vae/config.json", {})
+        if plain and "scaling_factor" not in said:
             config = replace(config, scaling_factor=main.config.vae.scaling_factor)
         size = main.config.size // unet.cell_size * config.cell_size
         unet = replace(unet, cell_size=config.cell_size)

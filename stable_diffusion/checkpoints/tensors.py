@@ -62,7 +62,7 @@ FAMILIES = (  # part of a name that only one family of models has, and the famil
     ("body.0.block1.", "a T2I adapter, which isn't supported"),
     ("body.0.resnets.0.block1.", "a T2I adapter, which isn't supported"),
     ("ip_adapter.", "an IP adapter, which isn't supported"),
-    ("3.conv.0.weight", "TAESD, a tiny VAE, which isn't supported"),
+    ("3.conv.0.weight", "a tiny VAE (TAESD), which vae= loads"),
     ("lora_te2_", LORA_XL),
     ("text_encoder_2.", LORA_XL),
     ("transformer_blocks_1_attn1_", LORA_XL),
