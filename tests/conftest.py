@@ -1,5 +1,6 @@
 """Fixtures of several test modules, and how tests are shared out. Helpers are in helpers.py."""
 
+import functools
 import gc
 import os
 import weakref
@@ -17,14 +18,16 @@ def eagerly(monkeypatch):
     """Lets models that are built in a test run eagerly, as tiny graphs take longer to build."""
     import keras
 
-    if keras.backend.backend() == "jax":  # which is slow without a compiler
-        return
-    compiled = keras.Model.compile
+    if keras.backend.backend() != "jax":  # which is slow without a compiler
+        monkeypatch.setattr(keras.Model, "compile", make_eager_compile(keras.Model.compile))
 
+
+@functools.cache
+def make_eager_compile(compiled):
     def compile(self, *args, **options):
         compiled(self, *args, **options | {"run_eagerly": True, "jit_compile": False})
 
-    monkeypatch.setattr(keras.Model, "compile", compile)
+    return compile
 
 
 _free = {}  # models of pipelines that are gone, by what they were built from
@@ -34,8 +37,9 @@ _free = {}  # models of pipelines that are gone, by what they were built from
 def reused(monkeypatch):
     """Lets pipelines have the models of those that are gone, with their parameters loaded anew.
 
-    To build a tiny model and its graph takes much longer than to run it. This is for tests of
-    commands, whose models are gone when they end. Models of random parameters are built as always.
+    To build a tiny model and its graph takes much longer than to run it. A test that uses a model
+    must keep its pipeline. Not reused are models of random parameters, and those whose parameters
+    are others now, as those of a LoRA that was trained.
     """
     import keras
 
@@ -50,15 +54,61 @@ def reused(monkeypatch):
         config = getattr(self.config, COMPONENTS[component])
         size, policy = (self.img_height, self.img_width), keras.config.dtype_policy().name
         key = type(self), component, config, size, policy, self.jit_compile, keras.Model.compile
-        free = _free.setdefault(key, [])
-        used = free.pop() if free else None
+        free, used = _free.setdefault(key, []), None
+        while free and used is None:
+            used, parameters = free.pop()
+            used = used if list_parameters(used) == parameters else None
+        for weight in used.weights if used else ():  # as those of a new model start
+            weight.assign(keras.ops.zeros(weight.shape, weight.dtype))
         compiled = used and used.predict_function
         model = build(self, component, (lambda **given: used) if used else make)
         model.predict_function = compiled  # which `Model.compile` forgets
-        weakref.finalize(self, free.append, model)
+        weakref.finalize(self, free.append, (model, list_parameters(model)))
         return model
 
     monkeypatch.setattr(StableDiffusion, "_build", build_or_reuse)
+
+
+def list_parameters(model):
+    return [(weight.path, tuple(weight.shape), weight.trainable) for weight in model.weights]
+
+
+_shared = {}  # pipelines, by their config
+
+
+def share_pipeline(config):
+    """Returns a pipeline of random parameters, whose models are those of earlier test modules.
+
+    So their graphs are built once. A test module may change parameters, and nothing else.
+    """
+    import keras
+    import numpy as np
+    from helpers import randomize
+
+    from stable_diffusion import StableDiffusion
+    from stable_diffusion.config import COMPONENTS
+
+    jit = keras.backend.backend() == "jax"  # which is slow without
+    new = StableDiffusion(jit_compile=jit, weights=None, config=config)
+    first, rng = _shared.setdefault(config, new), np.random.default_rng(0)
+    for component in COMPONENTS:
+        randomize(getattr(first, component), rng)
+        setattr(new, f"_{component}", getattr(first, component))
+    return new
+
+
+@pytest.fixture(scope="module")
+def tiny_pipeline():
+    """A pipeline of the config `TINY` with random parameters, see `share_pipeline`."""
+    from stable_diffusion.config import TINY
+
+    return share_pipeline(TINY)
+
+
+@pytest.fixture(scope="module")
+def few_pipeline(few):
+    """A pipeline of the config `FEW` with random parameters, see `share_pipeline`."""
+    return share_pipeline(few)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ OPTIONS = {"num_steps": STEPS, "unconditional_guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return StableDiffusion(jit_compile=JIT, weights=None, config=TINY)
+def model(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,8 @@ def test_rescaling_is_the_papers(share):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return StableDiffusion(jit_compile=JIT, weights=None, config=TINY)
+def model(tiny_pipeline):
+    return tiny_pipeline
 
 
 def generate(model, **options):

@@ -180,9 +180,8 @@ def test_noise_is_normal(kind):
 
 
 @pytest.fixture(scope="module")
-def model():
-    jit = keras.backend.backend() == "jax"
-    return StableDiffusion(jit_compile=jit, weights=None, config=TINY)
+def model(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.mark.parametrize("kind", NOISE_SOURCES)

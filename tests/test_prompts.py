@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from helpers import DATA, randomize
+from helpers import DATA
 
 from stable_diffusion import DiffusionModel, StableDiffusion
 from stable_diffusion.added_tokens import expand_tokens
@@ -39,14 +39,10 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(tiny_pipeline):
     """Its contexts have a mean that is not 0, as those of trained models."""
-    model = StableDiffusion(jit_compile=JIT, weights=None, config=TINY)
-    rng = np.random.default_rng(0)
-    randomize(model.text_encoder, rng)
-    randomize(model.diffusion_model, rng)
-    model.text_encoder.layers[-1].beta.assign(np.full(D, 0.3))
-    return model
+    tiny_pipeline.text_encoder.layers[-1].beta.assign(np.full(D, 0.3))
+    return tiny_pipeline
 
 
 # What the web interface reads

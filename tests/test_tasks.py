@@ -22,8 +22,8 @@ MASK[16:48, 8:40] = False
 
 
 @pytest.fixture(scope="module")
-def model():
-    return StableDiffusion(jit_compile=JIT, weights=None, config=FEW)
+def model(few_pipeline):
+    return few_pipeline
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from stable_diffusion.training import (
 from stable_diffusion.training.optimizers import count_memory, make_optimizer
 
 TOKEN, TOLERANCE = "<toy>", 1e-5
+pytestmark = pytest.mark.usefixtures("reused")
 
 
 @pytest.fixture(scope="module")

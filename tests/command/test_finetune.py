@@ -19,6 +19,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from helpers import FEW
 from PIL import Image
 from safetensors import safe_open
 
@@ -28,6 +29,21 @@ from stable_diffusion.training import Cache, Example, NoisyLatents, callbacks, d
 from stable_diffusion.training.callbacks import CURVE
 
 OPTIONS = ["--steps", "4", "--batch", "2", "--rate", "1e-2", "--dropout", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def few():
+    """The config of a UNet of one stage, for speed."""
+    return replace(FEW, unet=replace(FEW.unet, widths=(16,), heads=(2,), attention=(True,)))
+
+
+@pytest.fixture(scope="module")
+def weights(few, tmp_path_factory):
+    """A checkpoint of it, with random parameters."""
+    keras.utils.set_random_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "few"
+    StableDiffusion(jit_compile=False, weights=None, config=few).save(folder, dtype="float32")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +142,20 @@ def test_a_run_leaves_what_it_says(finetune, weights, tmp_path, capsys):
 def test_a_stopped_run_goes_on_with_the_losses_it_would_have_had(
     number, finetune, monkeypatch, tmp_path, capsys
 ):
-    method = ["--method", "lora", "--ema", "0.5", "--steps", "3"]
+    method = ["--method", "lora", "--ema", "0.5", "--steps", "2"]
     if number == signal.SIGTERM:
         method = ["--method", "textual-inversion", "--token", "blip", "--initializer", "cat"]
-        method += ["--dtype", "mixed_float16", "--ema", "0.5", "--steps", "3"]
+        method += ["--dtype", "mixed_float16", "--ema", "0.5", "--steps", "2"]
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
     assert finetune(*method, "--out", whole) == 0
     with monkeypatch.context() as patch:
-        signal_at(patch, 2, number)
+        signal_at(patch, 1, number)
         assert finetune(*method, "--out", stopped) == 128 + number
     said = capsys.readouterr().out
-    assert "stopped after step 2 of 3: the same command goes on from there" in said
+    assert "stopped after step 1 of 2: the same command goes on from there" in said
     assert not stopped.exists()
     assert finetune(*method, "--out", stopped) == 0
-    assert "going on after step 2 of 3" in capsys.readouterr().out
+    assert "going on after step 1 of 2" in capsys.readouterr().out
     assert losses(Path(f"{stopped}.work")) == losses(Path(f"{whole}.work"))
     assert stopped.read_bytes() == whole.read_bytes()
 

@@ -32,11 +32,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
-def parts():
-    keras.utils.set_random_seed(0)
-    jit = keras.backend.backend() == "jax"  # which is slow without
-    model = StableDiffusion(weights=None, jit_compile=jit, config=TINY)
-    return {name: getattr(model, name) for name in ("text_encoder", "diffusion_model", "decoder")}
+def parts(tiny_pipeline):
+    return {name: getattr(tiny_pipeline, name) for name in COMPONENTS}
 
 
 @pytest.fixture(scope="module")
@@ -263,13 +260,22 @@ def test_the_sampler_is_what_the_weights_name(
     ],
 )
 def test_weights_for_few_steps_change_the_defaults(
-    tmp_path, monkeypatch, run, few_steps, sign, options, steps, sampler
+    tmp_path, monkeypatch, run, few_steps, eagerly, sign, options, steps, sampler
 ):
+    """One step is taken in place of them."""
+    asked, generate_all = [], StableDiffusion.text_to_image
+
+    def generate_one_step(self, prompt, num_steps, **given):
+        asked.append((str(num_steps), given["sampler"]))
+        return generate_all(self, prompt, num_steps=1, **given)
+
+    monkeypatch.setattr(StableDiffusion, "text_to_image", generate_one_step)
     monkeypatch.chdir(tmp_path)
     status, [file], err = run("a", "--weights", str(few_steps[sign]), "--seed", "7", *options)
     assert (status, err) == (0, [])
     with Image.open(file) as image:
         assert (image.text["steps"], image.text["sampler"]) == (steps, sampler)
+    assert asked == [(steps, sampler)]
 
 
 def test_eta(tiny, run):
@@ -372,11 +378,11 @@ def test_dtypes(tiny, saved, run, dtype, low, high, eagerly, monkeypatch):
 
 def test_the_text_encoder_is_released(run, eagerly, monkeypatch, tmp_path):
     """Once all prompts are encoded; the embedded checkpoint, of which it can be loaded again."""
-    seen, original = [], StableDiffusion.generate_image
+    seen = []
 
     def spy(self, *args, **options):
         seen.append((self._text_encoder, self))
-        return original(self, *args, **options)
+        return np.zeros((1, 128, 128, 3), "uint8")
 
     monkeypatch.setattr(StableDiffusion, "generate_image", spy)
     monkeypatch.chdir(tmp_path)
