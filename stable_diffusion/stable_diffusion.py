@@ -15,6 +15,7 @@ from stable_diffusion.images import fit_images, normalize_pixels, quantize_pixel
 from stable_diffusion.masks import list_paintings
 from stable_diffusion.noise import make_noise_source
 from stable_diffusion.noise_scheduler import split_prediction, timestep_embedding
+from stable_diffusion.previews import join_preview
 from stable_diffusion.prompts import check_prompts, encode_prompts
 from stable_diffusion.samplers import bind_options, choose_sampler
 from stable_diffusion.samplers.deep_cache import DeepCache
@@ -252,6 +253,8 @@ class StableDiffusion(Components):
         seed=None,
         verbose=1,
         callback=None,
+        preview=None,
+        preview_decoder=None,
         **options,
     ):
         """Generates images from encoded text: the steps of `generate_latents`, then the decoder.
@@ -262,17 +265,23 @@ class StableDiffusion(Components):
             verbose: 0 for no progress bar.
             callback: function of `(step, timestep, latent, x0)`, called after each step with what
                 `generate_latents` yields.
+            preview: function of `(step, images)`, called after each step with small images of `x0`,
+                uint8 `(batch_size, h, w, 3)`; see `previews`. With `crop` of `inpaint` they are of
+                the part that is generated.
+            preview_decoder: a model that makes these images instead, as large as the result: a tiny
+                one, see `tiny_vae.load_decoder`, or `model.decoder`, which is slow.
 
         Returns:
             uint8 array `(batch_size, H, W, 3)`.
 
         Raises:
-            ValueError: as `generate_latents`.
+            ValueError: as `generate_latents`, or `preview` is no function.
         """
         self._check_components("diffusion_model", "decoder")
         num_steps = checks.check_int("num_steps", num_steps, 1, len(self.config.schedule))
         first_step = checks.check_int("first_step", options.get("first_step", 0), 0, num_steps - 1)
         taken = num_steps - first_step
+        callback = join_preview(self, callback, preview, preview_decoder)
         if first_step and verbose:
             print(f"{taken} of {num_steps} steps:")
         progress = utils.Progbar(taken, verbose=verbose)
@@ -287,8 +296,7 @@ class StableDiffusion(Components):
             **options,
         ):
             progress.update(step - first_step + 1)
-            if callback:
-                callback(step, timestep, latent, x0)
+            callback(step, timestep, latent, x0)
         return self.decode_latents(latent)
 
     def generate_latents(

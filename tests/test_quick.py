@@ -199,6 +199,13 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "cleaning": lambda m, _: m.clean_text("A &amp;lt; Caf\u00c3\u00a9") == "a < caf\u00e9",
     "clip_skip": lambda m, _: m.check_skip(SD1.text, 1) == 1,
     "clip_tokenizer": lambda m, _: m.SimpleTokenizer().encode("a") == [49406, 320, 49407],
+    "command.animation": lambda m, _: (
+        [path.name for path in m.name_animations("a.gif", 2)]
+        == [
+            "a-1.gif",
+            "a-2.gif",
+        ]
+    ),
     "command.arguments": lambda m, _: m.make_number_type(int, 1, 9)("7") == 7,
     "command.convert": lambda m, _: shows_help(m.main),
     "command.finetune": lambda m, _: shows_help(m.main),
@@ -238,6 +245,10 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     ),
     "parity.keras_cv": lambda m, _: m.relative_error(2 * ones(3), ones(3)) == 1,
     "pretrained": lambda m, folder: refuses(pipeline().decoder.load_weights, folder / "no.h5"),
+    "previews": lambda m, _: (
+        m.fit_colours(lambda latent: 3 * latent, (2, 2, 3)).round(4).tolist()
+        == [[3, 0, 0], [0, 3, 0], [0, 0, 3], [0, 0, 0]]
+    ),
     "prompts": lambda m, _: m.read_weights("a (cat:1.5)") == [["a ", 1.0], ["cat", 1.5]],
     "replacing": replaces_a_file,
     "resnet_block": lambda m, _: m.ResnetBlock(8, groups=2)(ones(1, 4, 4, 6)).shape == (1, 4, 4, 8),

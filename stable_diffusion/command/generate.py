@@ -13,6 +13,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from stable_diffusion.command.animation import animate_image, name_animations
 from stable_diffusion.command.arguments import (
     AUTO,
     DTYPES,
@@ -103,6 +104,10 @@ Walks. --walk "a" "b" --out walk.gif generates --frames images on the way from o
 next, --batch at a time: their contexts are mixed linearly, and their noise on a sphere, from that
 of --seed to that of the next seed. --out is a .gif, a .webp, or a folder of PNGs.
 
+Animations. --animate FILE.gif or FILE.webp also shows how the image came to be: a small image of
+what the model expected after each step, and the image at the end. Several images get FILE-1.gif,
+FILE-2.gif and so on. A file of the same name is replaced.
+
 Weights. "emoji" is part of the package: a small model of 520 kinds of emoji on coloured
 backgrounds. "sd1.4" and "sd2.1-base" are downloaded on first use, some gigabytes; their licence is
 CreativeML Open RAIL-M. Anything else is a path: a folder in diffusers' layout, of KerasCV's .h5
@@ -118,6 +123,7 @@ examples:
   stable-diffusion "a dog face on green" --image cat.png --strength 0.7
   stable-diffusion "a yellow banana" --image photo.jpg --mask white-is-painted.png --crop 32
   stable-diffusion --prompts prompts.txt --batch 8 --out images/
+  stable-diffusion "a red apple on a blue background" --animate apple.gif
   stable-diffusion --walk "a red apple" "a green apple" --frames 24 --batch 4 --out walk.gif
 
 exit status: 0 done, 1 failed, 2 arguments or files that cannot be used,
@@ -245,6 +251,12 @@ def get_parser():
         type=make_number_type(int, 2, 10_000),
         help="of --walk (default: 24)",
     )
+    add(
+        "--animate",
+        metavar="FILE",
+        type=parse_text,
+        help="also write a .gif or .webp that shows how the image came to be; see below",
+    )
     add("--redo", metavar="FILE", type=parse_text, help="generate a PNG again; see below")
     add("--info", metavar="FILE", type=parse_text, help="show how a PNG was generated")
     add("--jit", action="store_true", help="compile first; pays off for many or large images")
@@ -257,6 +269,7 @@ class Job:
     """An image that is to be generated, the path of its file, and what it is generated from.
 
     Attributes:
+        animation: path of the file that shows how it came to be, or None.
         text: the prompt, without LoRAs if these are read.
         loras: pairs of the path and the scale of each LoRA.
     """
@@ -268,6 +281,7 @@ class Job:
     image: str | None = None
     strength: float | None = None
     mask: str | None = None
+    animation: Path | None = None
     text: str | None = None
     loras: tuple = ()
 
@@ -310,7 +324,7 @@ def list_jobs(args):
     """Returns the `Job`s of the prompts in the command line.
 
     Raises:
-        ValueError: `--out` is a file, but not a PNG; or see `Job.check`.
+        ValueError: `--out` is a file, but not a PNG; or see `name_animations` and `Job.check`.
     """
     prompts = [prompt for prompt in args.prompt for _ in range(args.batch)]
     first = secrets.randbelow(SEEDS) if args.seed is None else args.seed
@@ -327,9 +341,12 @@ def list_jobs(args):
         paths = [file]
     else:
         paths = [file.with_stem(f"{file.stem}-{n + 1}") for n in range(len(seeds))]
+    animations = [None] * len(paths)
+    if args.animate is not None:
+        animations = name_animations(args.animate, len(paths))
     jobs = [
-        Job(prompt, args.negative, seed, path, args.image, args.strength, args.mask)
-        for prompt, seed, path in zip(prompts, seeds, paths, strict=True)
+        Job(prompt, args.negative, seed, path, args.image, args.strength, args.mask, animation)
+        for prompt, seed, path, animation in zip(prompts, seeds, paths, animations, strict=True)
     ]
     for job in jobs:
         job.check(args.steps or STEPS)
@@ -455,6 +472,8 @@ def generate_images(args):
     if args.info:
         print(make_info(args.info))
         return
+    if args.animate is not None and (args.walk or args.prompts or args.crop is not None):
+        raise ValueError("argument --animate: not allowed with --walk, --prompts or --crop")
     if args.walk:
         write_walk(args)
         return
@@ -463,7 +482,8 @@ def generate_images(args):
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError("it needs either a PROMPT or --prompts FILE (see --help)")
     jobs = read_jobs(args) if args.prompts else list_jobs(args)
-    with make_folder(jobs[0].path.parent):
+    paths = jobs[0].path, jobs[0].animation or jobs[0].path
+    with make_folder(paths[0].parent), make_folder(paths[1].parent):
         write_images(args, jobs)
 
 
@@ -597,8 +617,8 @@ def write_images(args, jobs):
         raise ValueError("argument --crop: it needs --mask")
     if args.lora_folder and not args.syntax:
         raise ValueError("argument --lora-folder: it needs --syntax webui")
-    for job in jobs:
-        check_output(job.path)
+    for path in (path for job in jobs for path in (job.path, job.animation) if path):
+        check_output(path)
     if not args.syntax:
         show_hint(NAME, jobs)
 
@@ -618,7 +638,9 @@ def write_images(args, jobs):
     at_once = not args.prompts and not any(job.loras for job in jobs)
     encode = make_encode(model, jobs, at_once, args.clip_skip, args.syntax)
 
-    done, loaded = 0, ()
+    done, loaded, previews = 0, (), []
+    if args.animate:
+        own["preview"] = lambda step, images: previews.append(images)
     for batch in list_batches(jobs, args.batch, args.syntax and model):
         if loaded != batch[0].loras:
             load_loras(model, batch[0].loras)
@@ -631,6 +653,7 @@ def write_images(args, jobs):
             images = f"{done} of {len(jobs)} images generated"
             show_progress(f"{images}, step {step - first + 1} of {steps} ")
 
+        previews.clear()
         place, size = args.place or (0, len(batch))
         filled = batch * size if args.place else batch  # rounding may differ from place to place
         images = generate_batch(model, encode, args, filled, own | {"callback": show_step})
@@ -639,6 +662,9 @@ def write_images(args, jobs):
             text = texts[job.path] | ({"batch": f"{n + 1} of {size}"} if size > 1 else {})
             write_png(job.path, images[n], text | {KEY: make_parameters(text)})
             print(job.path, flush=True)
+            if job.animation:
+                animate_image(job.animation, [each[n] for each in previews], images[n])
+                print(job.animation, flush=True)
         done += len(batch)
     load_loras(model, ())
 

@@ -3,10 +3,8 @@
 import math
 from pathlib import Path
 
+from stable_diffusion.command.animation import SUFFIXES, write_animation
 from stable_diffusion.replacing import check_folder, check_output, replace_file
-
-ANIMATIONS = (".gif", ".webp")
-DURATION = 100  # milliseconds of a frame
 
 
 def plan_frames(stops, frames):
@@ -56,7 +54,7 @@ def check_walk(out):
         ValueError: it is neither an animation nor a folder, or the system does not allow it.
     """
     path = Path(out or "")
-    if out and path.suffix.lower() in ANIMATIONS and not path.is_dir():
+    if out and path.suffix.lower() in SUFFIXES and not path.is_dir():
         check_output(path)
     elif out and (path.is_dir() or out.endswith("/") or not path.suffix):
         check_folder(path)
@@ -76,14 +74,12 @@ def save_walk(out, images):
     """
     from PIL import Image
 
-    path, images = Path(out), [Image.fromarray(image) for image in images]
-    if path.suffix.lower() not in ANIMATIONS or path.is_dir():
-        paths = [path / f"{n:04}.png" for n in range(1, len(images) + 1)]
-        for name, image in zip(paths, images, strict=True):
-            with replace_file(name) as written:
-                image.save(written, "png")
-        return paths
-    options = {"save_all": True, "append_images": images[1:], "duration": DURATION, "loop": 0}
-    with replace_file(path) as written:
-        images[0].save(written, path.suffix[1:].lower(), **options)
-    return [path]
+    path = Path(out)
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        write_animation(path, images)
+        return [path]
+    paths = [path / f"{n:04}.png" for n in range(1, len(images) + 1)]
+    for name, image in zip(paths, images, strict=True):
+        with replace_file(name) as written:
+            Image.fromarray(image).save(written, "png")
+    return paths
