@@ -62,7 +62,7 @@ class Pair:
         noise = torch.from_numpy(np.moveaxis(NOISE, -1, 1).copy())
         with (
             patch.object(module, "randn_tensor", lambda *_, **__: noise),
-            patch.object(module, "retrieve_latents", lambda out, **_: out.latent_dist.mode()),
+            patch.object(module, "retrieve_latents", lambda out, **_: get_latents(out)),
         ):
             (image,) = made(
                 PROMPT,
@@ -114,6 +114,11 @@ class Pair:
         }
 
 
+def get_latents(encoded):
+    """Returns the mean of what a VAE encoded, or a tiny VAE's latents."""
+    return encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
+
+
 def find_inside():
     """Returns where nothing of the image is blended into what is painted."""
     inside = np.zeros_like(MASK)
@@ -132,9 +137,16 @@ def measure(pair, task, sampler, strength):
     return int(difference), int(np.abs(ours.astype(int) - IMAGE)[MASK].max())
 
 
-def make_pair(family, folder):
-    """Returns a `Pair` of small models with random parameters; writes them to an empty folder."""
+def make_pair(family, folder, vae=None):
+    """Returns a `Pair` of small models with random parameters; writes them to an empty folder.
+
+    Args:
+        family: key of `diffusers_pipelines.FAMILIES`.
+        folder: path of the folder.
+        vae: a VAE of diffusers, in place of that of the family.
+    """
     theirs = make(family)
+    theirs.register_modules(vae=vae or theirs.vae)
     theirs.save_pretrained(folder)
     return Pair(theirs, StableDiffusion(SIZE, SIZE, jit_compile=False, weights=folder))
 

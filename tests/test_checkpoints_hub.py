@@ -16,14 +16,18 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import layers_of, write_legacy
+from helpers import check_equal, layers_of, write_legacy
+from safetensors.numpy import save
 
 from stable_diffusion import Decoder, StableDiffusion
 from stable_diffusion.checkpoints import hub, open_checkpoint
 from stable_diffusion.checkpoints.hub import PUBLISHED, download_published
 from stable_diffusion.checkpoints.kerascv import PRESETS, V1_FILES, Preset
+from stable_diffusion.checkpoints.names import name_tiny_vae
+from stable_diffusion.checkpoints.tensors import collect_tensors
 from stable_diffusion.command import generate
-from stable_diffusion.config import TINY, VAEConfig
+from stable_diffusion.config import TINY, TinyVAEConfig, VAEConfig
+from stable_diffusion.tiny_vae import TinyDecoder, TinyEncoder
 
 pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants, utils  # noqa: E402
@@ -473,6 +477,44 @@ def test_the_command_with_a_vae_of_the_hub(form, made, other, publish_vae, eager
     with PIL.Image.open(out) as image:
         np.testing.assert_array_equal(np.asarray(image), expected)
         assert image.text["vae"] == address
+
+
+@pytest.mark.parametrize("form", ["diffusers", "original", "only the decoder"])
+def test_a_tiny_vae_of_the_hub(form, server):
+    """Of the two original files the other half is downloaded as well, if there is one."""
+    config = TinyVAEConfig(4, (1, 2), (2, 1))
+    models = {
+        "decoder": TinyDecoder(64, 64, config=config),
+        "image_encoder": TinyEncoder(config=config),
+    }
+    for model in models.values():
+        model.set_weights([np.random.default_rng(0).normal(size=v.shape) for v in model.weights])
+    layouts = {half: name_tiny_vae(half, config, "", int(half == "decoder")) for half in models}
+    files = {"taesd_decoder.safetensors": "decoder", "taesd_encoder.safetensors": "image_encoder"}
+    if form == "diffusers":
+        layouts = {half: name_tiny_vae(half, config) for half in models}
+        settings = {"_class_name": "AutoencoderTiny", "num_encoder_blocks": [1, 2]}
+        settings |= {"num_decoder_blocks": [2, 1], "encoder_block_out_channels": [4, 4]}
+        settings |= {"decoder_block_out_channels": [4, 4]}
+        server.files[VAE_REPO, "config.json"] = json.dumps(settings).encode()
+        files = {"diffusion_pytorch_model.safetensors": None}
+    for name, half in files.items():
+        if form != "only the decoder" or half == "decoder":
+            slots = [
+                s for h in models if half in (h, None) for s in layouts[h].find_slots(models[h])
+            ]
+            server.files[VAE_REPO, name] = save(collect_tensors(slots, "float32"))
+    published = {name for repo, name in server.files if repo == VAE_REPO}
+    server.files[VAE_REPO, "README.md"] = b"not needed"
+    address = f"hf://{VAE_REPO}" + ("" if form == "diffusers" else "/taesd_decoder.safetensors")
+    found = StableDiffusion(weights=None, config=TINY, vae=address, jit_compile=False)
+    assert found.config.vae.width == 4 and asked(server) == published
+    for half, model in models.items():
+        if half == "image_encoder" and form == "only the decoder":
+            with pytest.raises(ValueError, match="There is no file of it beside"):
+                found.checkpoint.check(half)
+            continue
+        check_equal(getattr(found, half), model)
 
 
 @pytest.mark.parametrize(
