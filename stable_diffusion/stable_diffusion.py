@@ -48,8 +48,8 @@ class StableDiffusion(Components):
         config: a `Config`: the architecture where `weights` doesn't tell.
         variant: which files of a folder in diffusers' layout, such as "fp16", "ema" or "non_ema";
             None is the plain ones, otherwise "fp16".
-        vae: another VAE than that of `weights`: a file, a folder or an address on the hub, see
-            `checkpoints.open_checkpoint`.
+        vae: another VAE than that of `weights`, also a tiny one (TAESD): a file, a folder or an
+            address on the hub, see `checkpoints.open_checkpoint`.
 
     Raises:
         ValueError: a size, preset or folder that can't be used.

@@ -104,8 +104,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder):
-    return StableDiffusion(64, 64, False, None, FEW, vae=folder)
+def pipeline(folder, few_pipeline):
+    model = StableDiffusion(64, 64, False, None, FEW, vae=folder)
+    model._text_encoder = few_pipeline.text_encoder
+    model._diffusion_model = few_pipeline.diffusion_model
+    return model
 
 
 def rename(tensors, half, root):
@@ -332,9 +335,8 @@ def test_the_command_refuses_in_one_line(folder, capsys):
     assert sum("stable-diffusion: " in line for line in error) == 1
 
 
-def test_the_command(folder, pipeline, eagerly, reused, tmp_path):
-    few = StableDiffusion(64, 64, False, None, FEW)
-    few.save(tmp_path / "few")
+def test_the_command(folder, few_pipeline, reused, eagerly, tmp_path):
+    few_pipeline.save(tmp_path / "few")
     out, path = tmp_path / "x.png", str(folder / "taesd_encoder.safetensors")
     arguments = ["a cat", "--weights", str(tmp_path / "few"), "--vae", path, "--steps", "1"]
     assert generate.main([*arguments, "--seed", "0", "--out", str(out)]) == 0

@@ -80,7 +80,8 @@ def add_checkpoint_options(parser):
         "--vae",
         metavar="FILE",
         type=parse_text,
-        help="another VAE: a file, a folder in diffusers' layout, or hf://owner/name",
+        help="another VAE, also a tiny one (TAESD): a file, a folder in diffusers' layout, or "
+        "hf://owner/name",
     )
     parser.add_argument(
         "--prediction-type",
