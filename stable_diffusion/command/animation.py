@@ -20,6 +20,26 @@ def name_animations(path, count):
     return [file] if count == 1 else [file.with_stem(f"{file.stem}-{n + 1}") for n in range(count)]
 
 
+def load_preview_decoder(path, model):
+    """Returns the decoder of a tiny VAE, for previews of a pipeline's latents.
+
+    Raises:
+        ValueError: it is no tiny VAE, or one of other latents.
+    """
+    from stable_diffusion.tiny_vae import load_decoder
+
+    decoder = load_decoder(path, model.img_height, model.img_width)
+    if decoder.input_shape[1:] != model.latent_shape:
+        ours, theirs = (
+            "x".join(map(str, s)) for s in (model.latent_shape, decoder.input_shape[1:])
+        )
+        raise ValueError(
+            f"argument --preview-vae: it has latents of {theirs}, the weights of {ours}"
+        )
+    decoder.compile(jit_compile=model.jit_compile)
+    return decoder
+
+
 def animate_image(path, previews, image):
     """Writes an animation of the previews after each step, as large as the image, and the image.
 

@@ -13,7 +13,11 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from stable_diffusion.command.animation import animate_image, name_animations
+from stable_diffusion.command.animation import (
+    animate_image,
+    load_preview_decoder,
+    name_animations,
+)
 from stable_diffusion.command.arguments import (
     AUTO,
     DTYPES,
@@ -106,7 +110,8 @@ of --seed to that of the next seed. --out is a .gif, a .webp, or a folder of PNG
 
 Animations. --animate FILE.gif or FILE.webp also shows how the image came to be: a small image of
 what the model expected after each step, and the image at the end. Several images get FILE-1.gif,
-FILE-2.gif and so on. A file of the same name is replaced.
+FILE-2.gif and so on. A file of the same name is replaced. A small image has a pixel for 8x8 of the
+image's; with --preview-vae a tiny VAE makes all of them.
 
 Weights. "emoji" is part of the package: a small model of 520 kinds of emoji on coloured
 backgrounds. "sd1.4" and "sd2.1-base" are downloaded on first use, some gigabytes; their licence is
@@ -256,6 +261,12 @@ def get_parser():
         metavar="FILE",
         type=parse_text,
         help="also write a .gif or .webp that shows how the image came to be; see below",
+    )
+    add(
+        "--preview-vae",
+        metavar="FILE",
+        type=parse_text,
+        help="a tiny VAE (TAESD) that decodes what --animate shows (default: a linear map)",
     )
     add("--redo", metavar="FILE", type=parse_text, help="generate a PNG again; see below")
     add("--info", metavar="FILE", type=parse_text, help="show how a PNG was generated")
@@ -474,6 +485,8 @@ def generate_images(args):
         return
     if args.animate is not None and (args.walk or args.prompts or args.crop is not None):
         raise ValueError("argument --animate: not allowed with --walk, --prompts or --crop")
+    if args.preview_vae is not None and args.animate is None:
+        raise ValueError("argument --preview-vae: it needs --animate")
     if args.walk:
         write_walk(args)
         return
@@ -641,6 +654,8 @@ def write_images(args, jobs):
     done, loaded, previews = 0, (), []
     if args.animate:
         own["preview"] = lambda step, images: previews.append(images)
+    if args.preview_vae is not None:
+        own["preview_decoder"] = load_preview_decoder(args.preview_vae, model)
     for batch in list_batches(jobs, args.batch, args.syntax and model):
         if loaded != batch[0].loras:
             load_loras(model, batch[0].loras)

@@ -3,14 +3,21 @@
 import errno
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
+from helpers import FEW
 from PIL import Image, ImageSequence
 
+from stable_diffusion import StableDiffusion, previews
 from stable_diffusion.command import animation, generate
 from stable_diffusion.command.terminal import Terminated
+from stable_diffusion.config import TinyVAEConfig
+from stable_diffusion.images import quantize_pixels
+from stable_diffusion.tiny_vae import load_decoder
 
 FAST = ["--steps", "2", "--seed", "7"]
 
@@ -82,13 +89,54 @@ def test_an_image_with_a_mask(run):
     assert np.abs(blur(frames[-1]) - blur(pixels("a.png"))).max() < 10
 
 
+def save_tiny(folder, **vae):
+    """Saves a tiny VAE of random parameters, beside the rest of a pipeline; returns its path."""
+    keras.utils.set_random_seed(1)
+    sizes = {"width": 4, "encoder_blocks": (1,) * 4, "decoder_blocks": (1,) * 4}
+    config = replace(FEW, vae=TinyVAEConfig(**sizes | vae))
+    StableDiffusion(weights=None, config=config, jit_compile=False).save(folder)
+    return f"{folder}/vae"
+
+
+def test_a_tiny_vae_makes_the_frames(run, monkeypatch, tmp_path):
+    shown, seen = [], []
+    animate, preview = animation.animate_image, previews.preview_latents
+    monkeypatch.setattr(generate, "animate_image", lambda *a: shown.append(a) or animate(*a))
+    monkeypatch.setattr(
+        previews, "preview_latents", lambda *a: seen.append((a[1], preview(*a))) or seen[-1][1]
+    )
+    path = save_tiny(tmp_path / "tiny")
+    found = run("a", "--out", "a.png", "--animate", "a.webp", "--preview-vae", path)
+    assert found == (0, ["a.png", "a.webp"], [])
+    (_, frames, image) = shown[0]
+    decoder = load_decoder(path, 64, 64)
+    for frame, (latent, _) in zip(frames, seen, strict=True):
+        expected = quantize_pixels(decoder.predict_on_batch(latent))[0].astype(int)
+        assert np.abs(frame - expected).max() <= 1
+    assert image.shape == frames[0].shape and len(frames) == 2
+
+
+def test_wrong_tiny_vaes(run, weights, tmp_path):
+    asked = ["a", "--out", "a.png", "--animate", "a.gif", "--preview-vae"]
+    path = save_tiny(tmp_path / "tiny", encoder_blocks=(1,) * 3, decoder_blocks=(1,) * 3)
+    for argv, message in (
+        ([*asked, path], "it has latents of 16x16x4, the weights of 8x8x4"),
+        ([*asked, str(weights)], "must be a tiny VAE (TAESD); it is an ordinary one"),
+        ([*asked, "no"], "no"),
+        (["a", "--out", "a.png", "--preview-vae", path], "--preview-vae: it needs --animate"),
+    ):
+        status, out, err = run(*argv)
+        assert (status, out, len(err)) == (2, [], 1) and message in err[0]
+    assert os.listdir() == ["tiny"]
+
+
 def test_frames(tmp_path):
     """Previews are enlarged smoothly to the image's size; the image comes last."""
     image = np.zeros((16, 32, 3), "uint8")
     image[:, 16:] = 255
-    previews = [np.full((2, 4, 3), level, "uint8") for level in (0, 80, 160)]
-    previews.append(np.repeat([[[0], [255]]], 3, axis=2).astype("uint8"))
-    animation.animate_image(tmp_path / "a.gif", previews, image)
+    levels = [np.full((2, 4, 3), level, "uint8") for level in (0, 80, 160)]
+    levels.append(np.repeat([[[0], [255]]], 3, axis=2).astype("uint8"))
+    animation.animate_image(tmp_path / "a.gif", levels, image)
     frames, durations = read_frames(tmp_path / "a.gif")
     assert durations == [100] * 4 + [1500]
     for frame, level in zip(frames, (0, 80, 160), strict=False):

@@ -140,7 +140,7 @@ def test_every_option_that_changes_an_image_is_recorded_and_read():
     assert {*text} | {"backend", "batch", "parameters"} == known
     recorded = {word.split("=")[0] for word in redo.list_options(text)}
     no_part_of_it = {"--help", "--version", "--prompts", "--out", "--batch", "--redo", "--info"}
-    no_part_of_it |= {"--walk", "--frames", "--animate"}
+    no_part_of_it |= {"--walk", "--frames", "--animate", "--preview-vae"}
     options = {option for action in parser._actions for option in action.option_strings}
     assert recorded == options - no_part_of_it - {"-h"}
     assert {*text} - {"jit"} <= {*make_keys(parser)} | {*redo.OTHERS}
