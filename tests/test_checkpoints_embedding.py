@@ -18,6 +18,7 @@ from stable_diffusion.adapters.embedding import _warn_of_words, load_embedding
 from stable_diffusion.adapters.lora import load_lora, unload_lora
 from stable_diffusion.added_tokens import expand_tokens
 
+pytestmark = pytest.mark.usefixtures("reused")
 EMBEDDING = DATA / "lora_golden" / "embedding.safetensors"
 TOLERANCE = 5e-6  # as tests/test_diffusers_golden.py
 ROWS, D = 1000, 16  # of the tiny text encoder

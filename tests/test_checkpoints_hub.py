@@ -32,6 +32,7 @@ from stable_diffusion.tiny_vae import TinyDecoder, TinyEncoder
 pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants, utils  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("reused")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 FILE = "kcv_decoder.h5"
