@@ -91,9 +91,9 @@ def run(backend, code, target, monkeypatch=None):
 
 
 @pytest.mark.parametrize("backend", MARKED)
-def test_images_are_equal(backend, tmp_path):
+def test_images_are_equal(backend, tmp_path, monkeypatch):
     code = (DATA / "make_backends_golden.py").read_text("utf-8")
-    found = run(backend, code, tmp_path / "found.npz")
+    found = run(backend, code, tmp_path / "found.npz", monkeypatch)
     with np.load(DATA / "backends_golden.npz") as file:
         expected = dict(file)
     assert found["images"].shape == (2, 64, 64, 3) and found["images"].dtype == np.uint8

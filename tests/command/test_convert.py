@@ -13,6 +13,7 @@ from stable_diffusion.checkpoints import FORMATS, open_checkpoint
 from stable_diffusion.checkpoints.diffusers import save_diffusers
 from stable_diffusion.command import convert
 from stable_diffusion.config import COMPONENTS, TINY
+
 pytestmark = pytest.mark.usefixtures("reused")
 
 

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import keras_cv
 import numpy as np
 import pytest
+from helpers import FEW
 
 import stable_diffusion
-from stable_diffusion.config import TINY, TINY_V2
+from stable_diffusion.config import TINY_V2
 from stable_diffusion.files import WEIGHTS_DIR
 from stable_diffusion.noise import make_noise_source
 from stable_diffusion.parity import keras_cv as compare_keras_cv
@@ -41,7 +42,7 @@ def pipelines(name, config=None):
 @pytest.fixture(
     scope="module",
     params=[
-        ("StableDiffusion", TINY),
+        ("StableDiffusion", FEW),
         pytest.param(("StableDiffusionV2", TINY_V2), marks=pytest.mark.large),
     ],
 )
