@@ -466,7 +466,12 @@ class StableDiffusion(Components):
         """Returns a function that encodes images and repeats each, `(batch_size, h, w, 4)`."""
         checks.check_entries("image", len(images), batch_size)
         self._check_components("image_encoder")
-        return lambda: _repeat("image", self.encode_images(images), 3, batch_size)
+
+        def encode():  # one by one, so that a latent does not depend on the batch
+            latents = [self.encode_images(each[None]) for each in images]
+            return _repeat("image", np.concatenate(latents), 3, batch_size)
+
+        return encode
 
     def decode_latents(self, latent):
         """Decodes latents `(B, h, w, 4)` to images: uint8 array `(B, H, W, 3)`."""

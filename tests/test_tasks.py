@@ -51,6 +51,14 @@ def test_an_image_is_its_mean_in_the_latent_space(model):
     assert np.asarray(latent).shape == (1, 8, 8, 4)
 
 
+def test_each_image_is_encoded_by_itself(model, monkeypatch):
+    """Rounding may differ in a batch, and an image's result would depend on the others'."""
+    shapes, encode = [], model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda x: shapes.append(x.shape) or encode(x))
+    model.image_to_image(["a", "b"], [PIXELS, PIXELS[::-1]], **OPTIONS)
+    assert shapes == [(1, 64, 64, 3)] * 2
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m"])
 def test_image_to_image_takes_the_last_steps(model, steps, sampler):
     images = model.image_to_image("a", PIXELS, strength=0.6, sampler=sampler, **OPTIONS)

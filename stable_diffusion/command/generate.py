@@ -704,15 +704,14 @@ def generate_batch(model, encode, args, batch, options):
     from stable_diffusion.masks import read_mask
 
     given, generate = options, model.text_to_image
+    files = [(job.image, job.mask) for job in batch]
+    files = files[:1] if len({*files}) == 1 else files  # one for all is read and encoded once
     if batch[0].image:
         generate = model.image_to_image
-        given = options | {
-            "image": [job.image for job in batch],
-            "strength": batch[0].strength,
-        }
+        given = options | {"image": [image for image, _ in files], "strength": batch[0].strength}
     if batch[0].mask:
         generate = model.inpaint
-        masks = [read_mask(job.mask, white_keeps=False) for job in batch]
+        masks = [read_mask(mask, white_keeps=False) for _, mask in files]
         given = given | {"mask": masks, "crop": args.crop}
     return generate(
         encode([job.text for job in batch]),

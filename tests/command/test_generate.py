@@ -568,10 +568,18 @@ def test_lines_with_images_of_their_own(photo, run, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default:An image of")
-def test_another_size_is_said_once(photo, run):
+def test_one_image_for_a_batch_is_encoded_once(photo, run, monkeypatch):
+    """And its other size is said once."""
+    encoded, encode = [], StableDiffusion.encode_images
+
+    def spy(self, images):
+        encoded.append(images.shape)
+        return encode(self, images)
+
+    monkeypatch.setattr(StableDiffusion, "encode_images", spy)
     Image.fromarray(PHOTO[:48]).save("photo.png")
-    status, _, errors = run("a cat", *FAST, "--image", "photo.png", "--batch", "2")
-    assert status == 0
+    status, paths, errors = run("a cat", *FAST, "--image", "photo.png", "--batch", "2")
+    assert status == 0 and len(paths) == 2 and encoded == [(1, 64, 64, 3)]
     assert errors == [
         "stable-diffusion: An image of 64 x 48 pixels is scaled and cropped to 64 x 64."
     ]
