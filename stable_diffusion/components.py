@@ -91,7 +91,7 @@ class Components:
         c = self.config.vae
         return self.img_height // c.cell_size, self.img_width // c.cell_size, c.latent_channels
 
-    def _check_components(self, *components):
+    def check_components(self, *components):
         """Raises a ValueError if the checkpoint lacks one that is needed and not there yet."""
         for component in components:
             if getattr(self, f"_{component}") is None:

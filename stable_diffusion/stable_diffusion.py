@@ -95,7 +95,7 @@ class StableDiffusion(Components):
         """
         total = checks.count_prompts(prompt) * checks.check_int("batch_size", batch_size)
         if not checks.is_encoded(prompt):
-            self._check_components("text_encoder", "diffusion_model", "decoder")
+            self.check_components("text_encoder", "diffusion_model", "decoder")
             prompt = partial(self.encode_text, prompt, clip_skip, prompt_syntax)
         return self.generate_image(
             prompt,
@@ -277,7 +277,7 @@ class StableDiffusion(Components):
         Raises:
             ValueError: as `generate_latents`, or `preview` is no function.
         """
-        self._check_components("diffusion_model", "decoder")
+        self.check_components("diffusion_model", "decoder")
         num_steps = checks.check_int("num_steps", num_steps, 1, len(self.config.schedule))
         first_step = checks.check_int("first_step", options.get("first_step", 0), 0, num_steps - 1)
         taken = num_steps - first_step
@@ -465,7 +465,7 @@ class StableDiffusion(Components):
     def _encode_later(self, images, batch_size):
         """Returns a function that encodes images and repeats each, `(batch_size, h, w, 4)`."""
         checks.check_entries("image", len(images), batch_size)
-        self._check_components("image_encoder")
+        self.check_components("image_encoder")
 
         def encode():  # one by one, so that a latent does not depend on the batch
             latents = [self.encode_images(each[None]) for each in images]

@@ -315,6 +315,6 @@ def save_checkpoint(
     check_dtype(dtype)
     check_target(path, format, pipeline.config)
     chosen = FORMATS[format]
-    pipeline._check_components(*chosen.components)
+    pipeline.check_components(*chosen.components)
     models = {component: getattr(pipeline, component) for component in chosen.components}
     chosen.write(path, pipeline.config, models, pipeline.tokenizer, dtype)
