@@ -111,6 +111,9 @@ class Pipeline:
         self.config, self.tokenizer = config, tokenizer
         self.__dict__ |= models
 
+    def check_components(self, *components):
+        assert set(components) <= vars(self).keys()
+
 
 # Configs that shapes don't show
 
