@@ -30,6 +30,23 @@ def make_eager_compile(compiled):
     return compile
 
 
+@pytest.fixture
+def command(capfd):
+    """Returns a function that runs stable-diffusion: its status, lines of output and errors."""
+    from stable_diffusion.command import generate
+
+    def run(*argv):
+        capfd.readouterr()
+        try:
+            status = generate.main(list(argv))
+        except SystemExit as error:
+            status = error.code
+        out, err = capfd.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return run
+
+
 _free = {}  # models of pipelines that are gone, by what they were built from
 
 

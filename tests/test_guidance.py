@@ -6,11 +6,11 @@ makes with diffusers. Tolerance: 1e-5 for float32 arrays, relative to the larges
 
 import json
 import math
-import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from guided_inputs import BETAS, SCALE, STEPS, UNET, WIDTH, draw
 from helpers import DATA, FEW, check_equal
 from keras import backend, ops
 from safetensors.numpy import save_file
@@ -94,26 +94,7 @@ def test_wrong_shares(model, wrong):
 
 # Models that see the guidance scale
 
-WIDTH, STEPS, SCALE = 12, 4, 1.5
 GUIDED = replace(FEW, unet=replace(FEW.unet, guidance_width=WIDTH))
-UNET = {  # as in tests/data/make_guided_golden.py
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 16,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-    "time_cond_proj_dim": WIDTH,
-}
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def draw(name, *shape, deviation=1.0):
-    """The random numbers of a name, as in tests/data/make_guided_golden.py."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    return (deviation * rng.standard_normal(shape)).astype("float32")
 
 
 def check(found, expected, tolerance=1e-5):

@@ -23,17 +23,14 @@ FAST = ["--steps", "2", "--seed", "7"]
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch, weights, reused):
+def run(command, tmp_path, monkeypatch, weights, reused):
     """Returns a function that runs the command in an empty folder: status, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
 
     def run(*argv):
-        capfd.readouterr()
         options = [] if "--redo" in argv else ["--weights", str(weights), *FAST]
-        status = generate.main([*argv, *options])
-        out, err = capfd.readouterr()
-        return status, out.splitlines(), err.splitlines()
+        return command(*argv, *options)
 
     return run
 

@@ -37,21 +37,11 @@ Model hash: 45dee52b, Model: real, Clip skip: 2, Lora hashes: "blip: 0123, x: \\
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch, reused):
+def run(command, tmp_path, monkeypatch, reused):
     """Returns a function that runs the command in an empty folder: status, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
-
-    def run(*argv):
-        capfd.readouterr()
-        try:
-            status = generate.main(list(argv))
-        except SystemExit as error:
-            status = error.code
-        out, err = capfd.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return run
+    return command
 
 
 @pytest.fixture(scope="module")

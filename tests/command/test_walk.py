@@ -7,24 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from stable_diffusion.command import generate, walk
+from stable_diffusion.command import walk
 
 FAST = ["--steps", "2", "--seed", "7"]
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch, weights, reused):
+def run(command, tmp_path, monkeypatch, weights, reused):
     """Returns a function that runs the command in an empty folder: status, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
-
-    def run(*argv):
-        capfd.readouterr()
-        status = generate.main([*argv, "--weights", str(weights), *FAST])
-        out, err = capfd.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return run
+    return lambda *argv: command(*argv, "--weights", str(weights), *FAST)
 
 
 def pixels(path):

@@ -7,35 +7,16 @@ All parameters and inputs are random numbers that follow from their names, so th
 stored: those of the UNet, and of four steps of `LCMScheduler`.
 """
 
-import zlib
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from guided_inputs import BETAS, SCALE, STEPS, UNET, WIDTH, draw
 
 FILE = Path(__file__).parent / "guided_golden.npz"
-WIDTH, STEPS, SCALE = 12, 4, 1.5
 SCALES = (1.0, 1.5, 7.5)
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 16,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-    "time_cond_proj_dim": WIDTH,
-}
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def draw(name, *shape, deviation=1.0):
-    """Returns the random numbers of a name."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    return (deviation * rng.standard_normal(shape)).astype("float32")
 
 
 def first(array):
