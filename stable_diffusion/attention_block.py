@@ -24,11 +24,16 @@ def attention(q, k, v, causal=False):
 
     Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
     """
+    return ops.einsum("bnts,bsnd->btnd", attention_probabilities(q, k, causal), v)
+
+
+def attention_probabilities(q, k, causal=False):
+    """Computes softmax(q kᵀ / √d): how much of each of S tokens each of T gets, `(B, N, T, S)`."""
     scores = ops.einsum("btnd,bsnd->bnts", q * q.shape[-1] ** -0.5, k)
     if causal:
         seen = ops.arange(q.shape[1])[:, None] >= ops.arange(k.shape[1])
         scores = ops.where(seen, scores, float("-inf"))
-    return ops.einsum("bnts,bsnd->btnd", ops.softmax(scores), v)
+    return ops.softmax(scores)
 
 
 def attend(query, key, value, heads, causal=False):
@@ -44,14 +49,11 @@ def attend(query, key, value, heads, causal=False):
         Tensor of the query's shape.
     """
 
-    def split(x):  # (B, ..., D) to (B, T, N, d)
-        return ops.reshape(x, (-1, math.prod(ops.shape(x)[1:-1]), heads, x.shape[-1] // heads))
-
     # Stable Diffusion 2's scores overflow float16, and JAX has no such product on CPUs. PyTorch's
     # kernels hold scores in float32 by themselves.
     name, dtype = backend.backend(), backend.standardize_dtype(query.dtype)
     wide = "float32" if dtype == "float16" and name != "torch" else dtype
-    q, k, v = (ops.cast(split(x), wide) for x in (query, key, value))
+    q, k, v = (ops.cast(split_heads(x, heads), wide) for x in (query, key, value))
     # Keras' function calls the kernels of JAX, PyTorch and OpenVINO. On TensorFlow it has none, and
     # is slower than the equation: it scales scores, not queries, and holds bfloat16's in float32.
     # It also takes a single key, because Keras warns of a softmax of one score.
@@ -62,6 +64,11 @@ def attend(query, key, value, heads, causal=False):
     parts = [q] if whole else ops.split(q, list(range(some, count, some)), axis=1)
     out = ops.concatenate([compute(part, k, v, causal) for part in parts], axis=1)
     return ops.reshape(ops.cast(out, query.dtype), (-1, *ops.shape(query)[1:]))
+
+
+def split_heads(x, heads):
+    """Reshapes tokens `(B, T, D)`, or a feature map `(B, h, w, D)`, to `(B, T, N, d)`."""
+    return ops.reshape(x, (-1, math.prod(ops.shape(x)[1:-1]), heads, x.shape[-1] // heads))
 
 
 def _call_keras(q, k, v, causal):
@@ -82,7 +89,12 @@ class Attention(Block):
 
     Called on `[x, context]`, the same tensor twice for self-attention: tokens `(B, T, any)` or a
     feature map `(B, h, w, any)` each. Returns x's shape, with D features.
+
+    Attributes:
+        probe: None, or a function that is called in place of `attend`, see `explain.probe`.
     """
+
+    probe = None
 
     def __init__(self, width, heads, use_bias=False, causal=False, project=layers.Dense, **kwargs):
         super().__init__(**kwargs)
@@ -98,7 +110,8 @@ class Attention(Block):
     def call(self, inputs):
         x, context = inputs
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(attend(q, k, v, self.heads, self.causal))
+        compute = self.probe or attend
+        return self.to_out(compute(q, k, v, self.heads, self.causal))
 
 
 class AttentionBlock(Block):

@@ -1,5 +1,6 @@
 """A layer made of layers; and the registry of models that were compiled from parts of a model."""
 
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from keras import KerasTensor, backend, layers, tree
@@ -28,6 +29,25 @@ def cut_model(model, cut, *arguments):
     if key not in made:
         made[key] = cut(model, *arguments)
     return made[key]
+
+
+def compile_like(cut, model):
+    """Compiles what was cut from a model as the model is."""
+    jit = model.jit_compile and not model.run_eagerly
+    cut.compile(jit_compile=jit, run_eagerly=model.run_eagerly)
+
+
+@contextmanager
+def uncompiled(model):
+    """Runs a model, and what is cut from it, layer by layer; then the compiled ones come back."""
+    before = model.run_eagerly, model.jit_compile, model.predict_function
+    cut = _cut_models.pop(model, {})
+    model.run_eagerly, model.jit_compile, model.predict_function = True, False, None
+    try:
+        yield
+    finally:
+        model.run_eagerly, model.jit_compile, model.predict_function = before
+        _cut_models[model] = cut
 
 
 def forget_compiled(model):

@@ -2,7 +2,7 @@
 
 import keras
 
-from stable_diffusion.block import cut_model
+from stable_diffusion.block import compile_like, cut_model
 from stable_diffusion.checks import check_int
 from stable_diffusion.config import TextConfig
 
@@ -39,5 +39,5 @@ def _cut_layers(encoder, count):
     last = encoder.get_layer(f"layer_{encoder.config.depth - 1 - count}")
     output = encoder.layers[-1](last.output)
     model = keras.Model(encoder.inputs, output)
-    model.compile(jit_compile=encoder.jit_compile)
+    compile_like(model, encoder)
     return model

@@ -3,7 +3,7 @@
 import keras
 from keras import Sequential, layers
 
-from stable_diffusion.block import cut_model
+from stable_diffusion.block import compile_like, cut_model
 from stable_diffusion.checkpoints.building import uninitialized
 from stable_diffusion.config import SD1
 from stable_diffusion.decoder import middle_layers, output_layers
@@ -64,7 +64,7 @@ def encode_moments(encoder, images):
 
 def _cut_moments(encoder):
     model = keras.Model(encoder.inputs[0], encoder.layers[-2].output)
-    model.compile(jit_compile=encoder.jit_compile)
+    compile_like(model, encoder)
     return model
 
 

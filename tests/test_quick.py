@@ -138,6 +138,22 @@ def saves_a_state(module, folder):
     return module.load_state(folder / "x.safetensors", model) == 3
 
 
+def sees_attention(module, folder):
+    seen = []
+    with module.attention_probe(pipeline(), lambda p, place: seen.append((place, p.sum(-1)))):
+        pipeline().generate_image(ones(77, 16), num_steps=1, verbose=0)
+    return all(place.step == 0 and np.allclose(sums, 1) for place, sums in seen) and len(seen) == 8
+
+
+def sees_passes(module, folder):
+    seen = []
+    with module.watch_passes(pipeline(), seen.append):
+        pipeline().generate_image(ones(77, 16), num_steps=2, verbose=0)
+    return [(run.step, run.prompt, run.output.shape) for run in seen] == [
+        (step, slice(1, 2), (2, 8, 8, 4)) for step in (0, 1)
+    ]
+
+
 def takes_and_drops_a_lock(module, folder):
     with module.make_temporary(folder) as hidden:
         taken = module.take_lock(hidden) is None
@@ -227,6 +243,9 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
         == (1, 64, 48, 3)
     ),
     "diffusion_model": lambda m, _: m.GEGLU(6)(ones(1, 2, 3)).shape == (1, 2, 6),
+    "explain.passes": sees_passes,
+    "explain.probe": sees_attention,
+    "explain.trace": lambda m, _: m.Token(49407, "", "end").word is None,
     "files": lambda m, folder: refuses(m.find_file, folder, "../x"),
     "guidance": lambda m, _: (
         (m.rescale_guidance(4 * SPREAD, SPREAD, 0.5) == 2.5 * SPREAD).all()

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from stable_diffusion.block import cut_model
+from stable_diffusion.block import compile_like, cut_model
 from stable_diffusion.checks import check_int
 from stable_diffusion.diffusion_model import DiffusionModel
 
@@ -61,5 +61,5 @@ def _cut_finest_stage(model):
     whole = keras.Model(model.inputs, [*model.outputs, deep])
     shallow = keras.Model([*model.inputs, deep], model.outputs[0])
     for half in (whole, shallow):
-        half.compile(jit_compile=model.jit_compile)
+        compile_like(half, model)
     return whole, shallow

@@ -1,0 +1,3 @@
+"""What happens inside while an image is generated, to see and to change."""
+
+from stable_diffusion.explain.probe import Place, attention_probe
