@@ -48,7 +48,6 @@ def attend(query, key, value, heads, causal=False):
     Returns:
         Tensor of the query's shape.
     """
-
     # Stable Diffusion 2's scores overflow float16, and JAX has no such product on CPUs. PyTorch's
     # kernels hold scores in float32 by themselves.
     name, dtype = backend.backend(), backend.standardize_dtype(query.dtype)

@@ -41,8 +41,7 @@ class Place:
 
 @contextmanager
 def attention_probe(model, function, component="diffusion_model", kinds=KINDS):
-    """Shows the attention probabilities of a component's layers to a function, which may change
-    them.
+    """Shows a component's attention probabilities to a function, which may change them.
 
         def see(probabilities, place):
             print(place.step, place.layer, place.kind, probabilities.shape)
