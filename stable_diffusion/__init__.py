@@ -36,6 +36,8 @@ From KerasCV, with its signatures: `StableDiffusion`, `StableDiffusionV2`, `Text
     training.Full .LoRA .TextualInversion .remat_scope            methods of fine-tuning
     training.METHODS                                              the table of methods
     training.load_state .save_state                               resuming
+    explain.attention_probe .Place                                attention, to see and change
+    explain.heat_maps .HeatMaps                                   where an image looks at a word
     parity.keras_cv                                               comparing with KerasCV
 """
 
@@ -55,7 +57,16 @@ _MODULES = {  # names that are imported when they are first used, so that `--hel
     "TextEncoder": "text_encoder",
     "TextEncoderV2": "text_encoder",
     **dict.fromkeys(
-        ("adapters", "checkpoints", "config", "parity", "samplers", "tiny_vae", "training")
+        (
+            "adapters",
+            "checkpoints",
+            "config",
+            "explain",
+            "parity",
+            "samplers",
+            "tiny_vae",
+            "training",
+        )
     ),
 }
 __all__ = ["__version__", *_MODULES]

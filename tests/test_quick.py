@@ -243,9 +243,11 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
         == (1, 64, 48, 3)
     ),
     "diffusion_model": lambda m, _: m.GEGLU(6)(ones(1, 2, 3)).shape == (1, 2, 6),
+    "explain.daam": lambda m, _: m.normalize_map(2 * ones(1, 1)) == 1,
     "explain.passes": sees_passes,
     "explain.probe": sees_attention,
     "explain.trace": lambda m, _: m.Token(49407, "", "end").word is None,
+    "explain.words": lambda m, _: m.find_words(pipeline(), "a, b")[1].positions == (3,),
     "files": lambda m, folder: refuses(m.find_file, folder, "../x"),
     "guidance": lambda m, _: (
         (m.rescale_guidance(4 * SPREAD, SPREAD, 0.5) == 2.5 * SPREAD).all()

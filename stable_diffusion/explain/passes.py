@@ -68,8 +68,13 @@ class _Watcher:
         elif negative is not None:
             self.second = negative
         self.current = Pass(unet.step, timestep, prompt, without, latent)
-        watched = _WatchedUNet(unet, self)
-        return self.predict_unwatched(watched, latent, timestep, context, negative, *guidance)
+        if not self.is_before(unet):  # it is in the second of two passes
+            unet = _WatchedUNet(unet, self)
+        return self.predict_unwatched(unet, latent, timestep, context, negative, *guidance)
+
+    def is_before(self, unet):
+        watched = isinstance(unet, _WatchedUNet)
+        return watched and (unet.watcher is self or self.is_before(unet.unet))
 
 
 class _WatchedUNet:
