@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import FEW, layers_of, relative_error, write_legacy
 from keras import ops
+from traces import make_trace
 
 import stable_diffusion
 from stable_diffusion import Decoder, StableDiffusion
@@ -244,8 +245,12 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     ),
     "diffusion_model": lambda m, _: m.GEGLU(6)(ones(1, 2, 3)).shape == (1, 2, 6),
     "explain.daam": lambda m, _: m.normalize_map(2 * ones(1, 1)) == 1,
+    "explain.charts": lambda m, _: m.draw_boxes([]) == "",
+    "explain.page": lambda m, _: "</html>" in m.make_page(make_trace(num_steps=1)),
     "explain.passes": sees_passes,
+    "explain.pictures": lambda m, _: m.arrange_tiles(ones(2, 2, 4)).shape == (5, 5),
     "explain.probe": sees_attention,
+    "explain.sections": lambda m, _: m.quote("<b>") == "&lt;b&gt;",
     "explain.trace": lambda m, _: m.Token(49407, "", "end").word is None,
     "explain.words": lambda m, _: m.find_words(pipeline(), "a, b")[1].positions == (3,),
     "files": lambda m, folder: refuses(m.find_file, folder, "../x"),

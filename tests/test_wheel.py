@@ -68,7 +68,8 @@ def test_the_wheel_has_what_is_needed_and_no_more(wheel):
     assert wheel.name == f"stable_diffusion-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as opened:
         names = opened.namelist()
-    sources = (ROOT / "stable_diffusion").rglob("*.py")
+    folder = ROOT / "stable_diffusion"
+    sources = [path for end in ("py", "css", "js") for path in folder.rglob(f"*.{end}")]
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= set(names)
     assert "stable_diffusion/py.typed" in names
     folder = "stable_diffusion/weights/"
