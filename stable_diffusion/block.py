@@ -1,6 +1,6 @@
 """A layer made of layers; and the registry of models that were compiled from parts of a model."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 from keras import KerasTensor, backend, layers, tree
@@ -48,6 +48,15 @@ def uncompiled(model):
     finally:
         model.run_eagerly, model.jit_compile, model.predict_function = before
         _cut_models[model] = cut
+
+
+def without_gradients():
+    """Returns a context in which layers that are called remember nothing for gradients."""
+    if backend.backend() != "torch":  # TensorFlow and JAX remember only where they are told to
+        return nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 def forget_compiled(model):

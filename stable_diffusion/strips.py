@@ -8,12 +8,11 @@ from all strips first. What the backend holds at a time is a strip; the maps are
 the host.
 """
 
-from contextlib import nullcontext
-
 import numpy as np
-from keras import backend, layers, ops
+from keras import layers, ops
 
 from stable_diffusion.attention_block import AttentionBlock
+from stable_diffusion.block import without_gradients
 from stable_diffusion.decoder import Decoder
 from stable_diffusion.resnet_block import ResnetBlock
 
@@ -36,7 +35,7 @@ def decode_in_strips(model, latent, most=MOST_FEATURES, strip=STRIP):
     if not isinstance(model, Decoder) or _largest(model) <= most:
         return np.asarray(model.predict_on_batch(latent), "float32")
     x = np.asarray(latent, "float32")
-    with _without_gradients():
+    with without_gradients():
         for layer in model.layers:
             x = _apply(layer, x, strip if x[0].size > most // 4 else x[0].size)
     return x
@@ -46,14 +45,6 @@ def _largest(model):
     """Returns the number of features of an image in the largest map of a decoder."""
     _, height, width, _ = model.output_shape
     return height * width * max(model.config.widths[:2])  # a stage starts as wide as the one before
-
-
-def _without_gradients():
-    if backend.backend() != "torch":
-        return nullcontext()
-    import torch
-
-    return torch.no_grad()
 
 
 def _apply(layer, x, strip):

@@ -244,6 +244,9 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
         == (1, 64, 48, 3)
     ),
     "diffusion_model": lambda m, _: m.GEGLU(6)(ones(1, 2, 3)).shape == (1, 2, 6),
+    "explain.boxes": lambda m, _: m.find_source(m.find_source).startswith(
+        "stable_diffusion/explain/boxes.py:"
+    ),
     "explain.daam": lambda m, _: m.normalize_map(2 * ones(1, 1)) == 1,
     "explain.charts": lambda m, _: m.draw_boxes([]) == "",
     "explain.page": lambda m, _: "</html>" in m.make_page(make_trace(num_steps=1)),
