@@ -40,7 +40,7 @@
     if (linked < 0) return;
     stop();
     show(linked);
-    find("controls").scrollIntoView();
+    find("panels").scrollIntoView();
   }
 
   slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
