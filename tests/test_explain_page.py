@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,8 +13,9 @@ from traces import make_trace
 
 from stable_diffusion.explain import charts, pictures, sections
 from stable_diffusion.explain.page import CONTENTS, MOST_BYTES, make_page, write_page
+from stable_diffusion.explain.trace import Token
 
-VOID = {"meta", "img", "input", "br", "link", "hr"}
+VOID = {"meta", "img", "input", "br", "wbr", "link", "hr"}
 SVG_VOID = {"path", "polyline", "circle", "rect", "use", "line"}
 LOADING = {"src", "srcset", "poster", "data", "action", "background", "xlink:href"}
 EVIL = '<script>alert("1")</script>'
@@ -115,6 +117,24 @@ def test_what_the_page_tells():
     assert "The given image" not in reader.words and "shown, evenly" not in reader.words
     given = Reader(make_page(make_trace(from_image=True)))
     assert "The given image" in given.words and "2 of 3" in given.words
+
+
+def test_pieces_of_a_word_stand_together():
+    """Punctuation is no piece of a word, and a word that is repeated is no longer one."""
+    words = "storybooks", "storybooks", ",", "a", "a"
+    texts = [("story", 0), ("books", 0), ("story", 1), ("books", 1), (",", 2), ("a", 3), ("a", 4)]
+    tokens = [Token(9, "", "start")]
+    for (text, place), following in zip(texts, [*texts[1:], ("", 5)], strict=True):
+        word = None if text == "," else words[place]
+        last = word is not None and following[1] != place
+        tokens.append(Token(len(text), text, "text", last, word))
+    trace = replace(make_trace(context=(len(tokens), 16)), tokens=tokens)
+    page = make_page(trace)
+    reader = Reader(page)
+    (listed,) = re.findall(r'<ol class="tokens">(.*?)</ol>', page)
+    pieces = [found.count("<code>") for found in listed.split("</li>")[:-1]]
+    assert pieces == [1, 2, 2, 1, 1, 1]
+    assert "storybooks is cut into 2 pieces" in reader.words
 
 
 def test_texts_of_the_user_stay_texts():

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from stable_diffusion.explain.trace import Box, Step, Token, Trace
+from stable_diffusion.explain.boxes import Box
+from stable_diffusion.explain.trace import Step, Token, Trace
 from stable_diffusion.noise_scheduler import NoiseScheduler, diffuse
 
 END = 49407

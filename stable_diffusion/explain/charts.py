@@ -5,7 +5,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 360, 200  # of a chart; a phone shows it in its own size
-LEFT, RIGHT, TOP, BOTTOM = 34, 12, 12, 34  # around the area of the curves
+LEFT, RIGHT, TOP, BOTTOM = 36, 18, 12, 36  # around the area of the curves
 
 
 class _Area:
@@ -200,22 +200,25 @@ def draw_boxes(boxes):
     if not found:
         return ""
     highest, most = max(s[0] for _, s in found), max(s[2] for _, s in found)
-    width, height, label = 16, 150, 0
+    width, height, label = 480 / len(found), 150, 0
     parts = []
     for n, (box, (rows, columns, channels)) in enumerate(found):
         tall = height * (rows / highest) ** 0.6
         top, shade = (height - tall) / 2, 0.25 + 0.75 * (channels / most) ** 0.7
         name = f"{box.name}: {box.gives}"
+        place = f'x="{n * width + 1.5:.1f}" y="{top:.1f}"'
         parts.append(
-            f'<rect class="c-stage" x="{n * width + 2}" y="{top:.1f}" width="{width - 4}" '
-            f'height="{tall:.1f}" rx="2" opacity="{shade:.2f}"><title>{escape(name)}</title></rect>'
+            f'<rect class="c-stage" {place} width="{width - 3:.1f}" height="{tall:.1f}" rx="2" '
+            f'opacity="{shade:.2f}"><title>{escape(name)}</title></rect>'
         )
         if (rows, columns) != label:
             label = rows, columns
-            parts.append(f'<text class="small" x="{n * width + 2}" y="{height + 16}">{rows}</text>')
+            parts.append(
+                f'<text class="small" x="{n * width + 1.5:.1f}" y="{height + 16}">{rows}</text>'
+            )
     sizes = " → ".join(dict.fromkeys(f"{s[0]}×{s[1]}" for _, s in found))
     text = f"{len(found)} boxes side by side. Sizes of their feature maps: {sizes}."
-    return _svg("".join(parts), text, len(found) * width, height + 22, "stages")
+    return _svg("".join(parts), text, 480, height + 22, "stages")
 
 
 def _read_shape(text):

@@ -18,6 +18,7 @@ PHOTO = 768  # longest sides of images, in pixels: alone,
 SMALL = 256  # in a step, and of a stage of the decoder,
 THUMBNAIL = 128  # in the strip of images, and under heat maps
 STRIP = 8  # images in the strip
+MOST_NAMED = 4  # words that are cut into pieces
 PARTS = {  # titles of the parts of boxes
     "tokenizer": "Tokenizer",
     "text_encoder": "Text encoder",
@@ -105,7 +106,7 @@ def write_header(trace):
     """Returns the title, the image and the facts."""
     height, width = trace.image_size
     facts = {
-        "checkpoint": quote(trace.checkpoint),
+        "model": quote(trace.checkpoint),
         "size": f"{width} × {height} pixels",
         "steps": f"{len(trace.steps)} of {trace.num_steps}"
         if len(trace.steps) < trace.num_steps
@@ -202,14 +203,17 @@ def write_tokens(trace):
     padding = [token for token in trace.tokens if token.kind == "padding"]
     total, chunks = len(trace.tokens), len(trace.tokens) // MAX_PROMPT_LENGTH
     read = f"{chunks} times {MAX_PROMPT_LENGTH}" if chunks > 1 else MAX_PROMPT_LENGTH
-    chips, group, before = [], 0, None
+    chips, before = [], None
     for is_padding, tokens in groupby(trace.tokens, lambda token: token.kind == "padding"):
-        for token in [] if is_padding else tokens:
-            new = before is None or before.ends_word or before.kind != "text"
-            group, before = group + new, token
-            chips.append(_show_token(token, group, new))
+        tokens = list(tokens)
         if is_padding:
-            chips.append(_show_padding(list(tokens)))
+            chips.append([_show_token(tokens[0], f"{len(tokens)} × padding")])
+        for token in [] if is_padding else tokens:
+            if not _goes_on(before, token):
+                chips.append([])
+            chips[-1].append(_show_token(token, _name_token(token)))
+            before = token
+    chips = [f"<li>{''.join(pieces)}</li>" for pieces in chips]
     split = _list_split_words(text)
     pieces = (
         "Most words are one token. But the list has no entry for every word of the world. "
@@ -227,8 +231,8 @@ def write_tokens(trace):
         if padding
         else f"The prompt has {len(text)} tokens, {ends}. No place is left for padding."
     )
-    see = _see(f"""Each box is a token, with its id below. A box that touches the one before
-        it goes on with the same word. Capitals were made small first, as in training. {pieces}""")
+    see = _see(f"""Each box is a token, with its id below. Boxes that touch are pieces of one
+        word. Capitals were made small first, as in training. {pieces}""")
     why = _why(f"""The text encoder always reads {read} tokens, because it was trained with
         that many at once. {filled} The result has the shape <code>({total},)</code>.""")
     return f"""
@@ -305,10 +309,11 @@ def write_noise(trace, scales):
     height, width, channels = noise.shape
     pixels = int(np.prod(trace.image.shape))
     cell = trace.image_size[0] // height
-    about = f"""A latent is a small stand-in for an image. Each of its {height}×{width} cells stands
+    about = f"""It is a small stand-in for an image. Each of its {height}×{width} cells stands
     for {cell}×{cell} pixels, and has {channels} numbers, its channels. That makes {noise.size:,}
     numbers instead of the {pixels:,} of the image, {pixels / noise.size:.0f} times fewer. This is
     why the model can be quick: it works on latents, and only the decoder makes pixels."""
+    about = _tell("What a latent is", about)
     sheet = show_channels(
         noise,
         scales.latent,
@@ -333,7 +338,7 @@ def write_noise(trace, scales):
   <div class="pair">{sheet}{chart}</div>
   {scale}
   {see}
-  {_why(about)}
+  {about}
 </section>"""
     first = trace.steps[0]
     image = show_image(
@@ -359,7 +364,7 @@ def write_noise(trace, scales):
         is covered, but not all. {origin}""")
     why = _why(f"""What is still visible of the image guides the first steps, so its layout and
         colours survive. Because the start has less noise than pure noise, the first {skipped} of
-        {trace.num_steps} steps were left out. {about}""")
+        {trace.num_steps} steps were left out.""")
     return f"""
 <section id="noise">
   <h2>The given image gets noise</h2>
@@ -371,6 +376,7 @@ def write_noise(trace, scales):
   {(1 - first.alpha) ** 0.5:.2f} · noise</p>
   {see}
   {why}
+  {about}
 </section>"""
 
 
@@ -427,10 +433,13 @@ def write_steps(trace, shown, panels, scales):
         if guided
         else ""
     )
-    converted = ""
-    if trace.prediction_type != "epsilon":
-        converted = f"""<p class="note">The network of this checkpoint predicts something else
-        ({quote(trace.prediction_type)}), from which the noise was computed.</p>"""
+    converted = {
+        "v_prediction": """<p class="note">The network of this checkpoint does not predict noise
+        itself, but a mix of noise and image: <code>v = √ᾱ · noise − √(1−ᾱ) · x0</code>. The noise
+        that you see was computed from it; nothing else changes.</p>""",
+        "sample": """<p class="note">The network of this checkpoint does not predict noise, but x0
+        itself. The noise that you see was computed from it; nothing else changes.</p>""",
+    }.get(trace.prediction_type, "")
     move = (
         "Less noise than before is added again: <code>√ᾱ_next · x0 + √(1−ᾱ_next) · noise</code>. "
         "The next step starts from there."
@@ -481,24 +490,25 @@ def write_step(trace, step, scales):
     number, signal, noise = step.step + 1, step.alpha**0.5, (1 - step.alpha) ** 0.5
     at, difference = f"at step {number}", find_difference(step)
 
-    def sheet(values, caption, limit=scales.latent, note=""):
-        return show_channels(values, limit, f"{caption} {at}", f"<b>{caption}</b>{note}")
+    def sheet(values, caption, number="", limit=scales.latent, note=""):
+        mark = number and f"<i>{number}</i> "
+        return show_channels(values, limit, f"{caption} {at}", f"{mark}<b>{caption}</b>{note}")
 
     sheets = [sheet(step.before, "The latent")]
     if difference is None:
         changed = ""
-        sheets.append(sheet(step.with_prompt, "Predicted noise"))
+        sheets.append(sheet(step.with_prompt, "Predicted noise", 1))
     else:
         most = max(float(np.percentile(np.abs(difference), 99.5)), 1e-6)
         change = np.abs(difference).mean() * noise / max(signal, 1e-6)
         changed = f" The prompt changes x0 by {change:.2f} on average."
         sheets += [
-            sheet(step.with_prompt, "Noise, with the prompt"),
-            sheet(step.without_prompt, "Noise, without it"),
-            sheet(difference, "Their difference", most, f", colours to ±{most:.2g}"),
-            sheet(step.noise, f"Noise, guided by {trace.scale:g}"),
+            sheet(step.with_prompt, "Noise, with the prompt", 1),
+            sheet(step.without_prompt, "Noise, without it", 1),
+            sheet(difference, "Their difference", 2, most, f", colours to ±{most:.2g}"),
+            sheet(step.noise, f"Noise, guided by {trace.scale:g}", 2),
         ]
-    sheets.append(sheet(step.x0, "x0, the guess"))
+    sheets.append(sheet(step.x0, "x0, the guess", 2 if difference is None else 3))
     small = pictures.encode_photo(step.x0_image, THUMBNAIL)
     maps = "".join(
         f'<figure class="map"><span><img src="{pictures.encode_heat(heat)}" '
@@ -507,10 +517,13 @@ def write_step(trace, step, scales):
         for word, heat in step.maps.items()
     )
     maps = maps and f'<h4>Where it looks at each word</h4><div class="maps">{maps}</div>'
+    preview = ""
+    if step.x0_image.shape != trace.image.shape:
+        preview = ", a small preview: a pixel for each cell"
     image = show_image(
         pictures.encode_photo(step.x0_image, SMALL),
         f"The image that the model expects {at}",
-        "<b>x0 as an image</b>",
+        f"<i>{3 if difference is not None else 2}</i> <b>x0 as an image</b>{preview}",
         f"guess {_size_style(step.x0_image)}",
     )
     return f"""
@@ -649,35 +662,26 @@ def write_boxes(trace):
     parts = {}
     for box in trace.boxes:
         parts.setdefault(box.part, []).append(box)
-    tables = []
+    tables, drawings = [], []
     for part, boxes in parts.items():
-        rows = "".join(
-            f"<tr><th scope=row><code>{quote(box.name)}</code></th><td>{quote(box.text)}</td>"
-            f'<td class="shape"><code>{quote(box.takes)}</code> → <code>{quote(box.gives)}</code>'
-            f'</td><td class="source"><code>{quote(box.source)}</code></td></tr>'
-            for box in boxes
-        )
-        drawing = ""
-        if part in ("diffusion_model", "decoder"):
-            drawing = charts.draw_boxes(boxes)
-            drawing = (
-                drawing
-                and f"""<figure class="wide">{drawing}<figcaption>Each bar is a box,
-            from left to right as they run. The higher, the larger its feature map; the number is
-            its rows. The darker, the more channels.</figcaption></figure>"""
-            )
-        count = f"{len(boxes)} box" + ("es" if len(boxes) > 1 else "")
+        title, count = quote(PARTS.get(part, part)), f"{len(boxes)} box"
         tables.append(
-            f"<details{' open' if len(boxes) < 3 else ''}><summary>"
-            f"{quote(PARTS.get(part, part))} <span>{count}</span></summary>{drawing}"
-            "<table><thead><tr><th>box</th><th>what it does</th><th>shapes</th>"
-            f"<th>source</th></tr></thead><tbody>{rows}</tbody></table></details>"
+            f"<details><summary>{title} <span>{count}{'es' if len(boxes) > 1 else ''}</span>"
+            "</summary><table><thead><tr><th>box</th><th>what it does</th><th>shapes</th>"
+            f"<th>source</th></tr></thead><tbody>{''.join(map(_show_box, boxes))}</tbody></table>"
+            "</details>"
         )
+        drawing = charts.draw_boxes(boxes) if part in ("diffusion_model", "decoder") else ""
+        if drawing:
+            drawings.append(f"""<figure>{drawing}<figcaption><b>{title}.</b> Each bar is a box, from
+            left to right as they run. The higher, the larger its feature map; the number is its
+            rows. The stronger its colour, the more channels.</figcaption></figure>""")
     return f"""
 <section id="boxes">
   <h2>Every box, and where it is written</h2>
   <p>This is all that ran, in order. The last column names the file and the line where it is
   written, so you can read on there. Shapes are without the batch.</p>
+  <div class="pair">{"".join(drawings)}</div>
   {"".join(tables)}
 </section>"""
 
@@ -701,12 +705,25 @@ def write_further(trace):
 </section>"""
 
 
+def _show_box(box):
+    source = quote(box.source).replace("/", "/<wbr>")
+    return (
+        f"<tr><th scope=row><code>{quote(box.name)}</code></th><td>{quote(box.text)}</td>"
+        f'<td class="shape"><code>{quote(box.takes)}</code> <code>→ {quote(box.gives)}</code></td>'
+        f'<td class="source"><code>{source}</code></td></tr>'
+    )
+
+
 def _see(text):
-    return f'<div class="told"><h3>What you see</h3><p>{text}</p></div>'
+    return _tell("What you see", text)
 
 
 def _why(text):
-    return f'<div class="told"><h3>Why it is so</h3><p>{text}</p></div>'
+    return _tell("Why it is so", text)
+
+
+def _tell(title, text):
+    return f'<div class="told"><h3>{title}</h3><p>{text}</p></div>'
 
 
 def _size_style(image):
@@ -718,28 +735,24 @@ def _name_token(token):
     return {"start": "start", "end": "end", "padding": "padding"}.get(token.kind, token.text)
 
 
-def _show_token(token, group, new):
-    style = token.kind + (f" tone-{group % 3}" if token.kind == "text" else "")
-    style += "" if new or token.kind != "text" else " joined"
-    name = quote(_name_token(token))
-    return f'<li class="{style}"><bdi>{name}</bdi><code>{token.id}</code></li>'
+def _show_token(token, name):
+    return f'<span class="{token.kind}"><bdi>{quote(name)}</bdi><code>{token.id}</code></span>'
 
 
-def _show_padding(tokens):
-    name = f"{len(tokens)} × padding"
-    return f'<li class="padding"><bdi>{name}</bdi><code>{tokens[0].id}</code></li>'
+def _goes_on(before, token):
+    """Tells whether a token is a further piece of the word of the one before it."""
+    joined = before is not None and before.word is not None and not before.ends_word
+    return joined and before.word == token.word
 
 
 def _list_split_words(tokens):
-    """Lists the words that have several tokens: `(word, number)`, each once."""
-    found, pieces = [], []
-    for token in tokens:
-        pieces.append(token)
-        if token.ends_word:
-            if len(pieces) > 1:
-                found.append(("".join(piece.text for piece in pieces), len(pieces)))
-            pieces = []
-    return list(dict.fromkeys(found))[:5]
+    """Lists the first words that have several tokens: `(word, number)`, each once."""
+    counts, count = {}, 0
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        count = count + 1 if _goes_on(before, token) else 1
+        if count > 1:
+            counts[token.word] = count
+    return list(counts.items())[:MOST_NAMED]
 
 
 def _show_bars(distances, rows):
