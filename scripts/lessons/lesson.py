@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stable_diffusion.explain.boxes import find_source
 
-SMALLEST = 192  # pixels of the shorter side of an image in a picture; smaller ones are enlarged
+SMALLEST = 192  # pixels of the shorter side of an image in a picture; smaller ones are enlarged,
+LONGEST = 640  # but not beyond so many pixels of the longer side
 MARGIN, LABEL = 12, 26  # pixels around each image, and above it for its label
 INK, PAPER = (32, 33, 36), (255, 255, 255)
 COLOURS = [(31, 90, 180), (214, 80, 40), (40, 140, 80), (140, 80, 160), (120, 120, 120)]
@@ -82,8 +83,9 @@ def save_plot(path, curves, x_label, y_label, points=False):
     if points:
         middle, reach = (low + high) / 2, (high - low).max() / 2
         low, high = middle - reach, middle + reach
-    left, top, gap = 64 * SMOOTH, MARGIN * SMOOTH, 48 * SMOOTH
-    whole = (left + size[0] + 2 * top, 2 * top + size[1] + gap)
+    left, top, gap = 64 * SMOOTH, (MARGIN if len(curves) == 1 else 28) * SMOOTH, 48 * SMOOTH
+    whole = (left + size[0] + 24 * SMOOTH, 24 * SMOOTH + top + size[1] + gap)
+    legend = left + size[0]
     picture = Image.new("RGB", tuple(map(int, whole)), PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13 * SMOOTH)
 
@@ -102,18 +104,18 @@ def save_plot(path, curves, x_label, y_label, points=False):
                 draw.line([left, at[1], left + size[0], at[1]], (232, 232, 232), SMOOTH)
                 draw.text((left - 6 * SMOOTH, at[1]), text, INK, font, anchor="rm")
     box = [left, top, left + size[0], top + size[1]]
-    for n, (name, (x, y)) in enumerate(curves.items()):
+    for n, (x, y) in enumerate(curves.values()):
         spots, colour = place(np.ravel(x), np.ravel(y)), COLOURS[n % len(COLOURS)]
         if points:
             for spot in spots:
                 draw.ellipse([*(spot - 2 * SMOOTH), *(spot + 2 * SMOOTH)], colour)
         else:
             draw.line([tuple(spot) for spot in spots], colour, 2 * SMOOTH, joint="curve")
-        if len(curves) > 1:
-            at = (left + size[0] - 8 * SMOOTH, top + (8 + 17 * n) * SMOOTH)
-            draw.text(at, name, colour, font, anchor="ra")
+    for n, name in reversed([*enumerate(curves)] if len(curves) > 1 else []):
+        draw.text((legend, top - 6 * SMOOTH), name, COLOURS[n % len(COLOURS)], font, anchor="rs")
+        legend -= font.getlength(name) + 16 * SMOOTH
     draw.rectangle(box, outline=(150, 150, 150), width=SMOOTH)
-    draw.text((left + size[0] / 2, whole[1] - 4 * SMOOTH), x_label, INK, font, anchor="mb")
+    draw.text((left + size[0] / 2, whole[1] - 20 * SMOOTH), x_label, INK, font, anchor="mb")
     side = Image.new("L", (int(size[1]), 20 * SMOOTH))
     ImageDraw.Draw(side).text((size[1] / 2, 10 * SMOOTH), y_label, 255, font, anchor="mm")
     side = side.rotate(90, expand=True)
@@ -125,7 +127,7 @@ def _list_ticks(low, high):
     """Returns about five round numbers between two."""
     step = 10.0 ** np.floor(np.log10((high - low) / 5))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 7)
-    return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
+    return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0  # -0 is 0
 
 
 def _add_label(label, image):
@@ -133,7 +135,7 @@ def _add_label(label, image):
         image = np.asarray(image)
         image = (255 * image).round().astype("uint8") if image.dtype.kind == "f" else image
         image = Image.fromarray(image).convert("RGB")
-    factor = max(1, round(SMALLEST / min(image.size)))
+    factor = max(1, min(round(SMALLEST / min(image.size)), LONGEST // max(image.size)))
     image = image.resize([factor * n for n in image.size], Image.Resampling.NEAREST)
     font = ImageFont.load_default(size=14)
     width = max(image.width, int(font.getlength(label)))
