@@ -225,6 +225,7 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     ),
     "command.arguments": lambda m, _: m.make_number_type(int, 1, 9)("7") == 7,
     "command.convert": lambda m, _: shows_help(m.main),
+    "command.explain": lambda m, _: shows_help(m.main),
     "command.finetune": lambda m, _: shows_help(m.main),
     "command.generate": lambda m, _: shows_help(m.main),
     "command.parameters": lambda m, _: (

@@ -21,7 +21,12 @@ from stable_diffusion.command import png
 
 pytestmark = pytest.mark.large
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("stable-diffusion", "stable-diffusion-convert", "stable-diffusion-finetune")
+COMMANDS = (
+    "stable-diffusion",
+    "stable-diffusion-convert",
+    "stable-diffusion-finetune",
+    "stable-diffusion-explain",
+)
 
 
 def run(command, folder, **options):
@@ -125,3 +130,10 @@ def test_finetune(bin_folder, tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_size > 1000
     settings = json.loads((tmp_path / "a.safetensors.work" / "settings.json").read_text())
     assert settings["method"] == "lora"
+
+
+def test_explain(bin_folder, tmp_path):
+    given = ["a red apple on a blue background", "--steps", "2", "--out", "apple"]
+    assert run([bin_folder / COMMANDS[3], *given], tmp_path) == "apple/index.html\n"
+    page = (tmp_path / "apple" / "index.html").read_text("utf-8")
+    assert "<style" in page and "<script" in page and "stable_diffusion/decoder.py:" in page

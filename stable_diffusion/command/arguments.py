@@ -102,6 +102,56 @@ def add_clip_skip(add):
     )
 
 
+def add_sampling_options(add):
+    """Adds what says how images are sampled to a parser, by its method `add`."""
+    add(
+        "--steps",
+        metavar="N",
+        type=make_number_type(int, 1, 1000),
+        help="fewer are faster, more give finer images (default: 50; 4 if the weights say that "
+        "they are for few)",
+    )
+    add(
+        "--guidance",
+        metavar="G",
+        type=make_number_type(float, 0, 1000),
+        help="how closely to follow the prompt; at 1 or less the model runs without guidance, in "
+        "half the time (default: the one that the weights come with; 7.5 if they have none)",
+    )
+    add(
+        "--guidance-rescale",
+        metavar="R",
+        type=make_number_type(float, 0, 1),
+        help="how much of guidance's overexposure to take back, 0 to 1 (default: 0)",
+    )
+    size = make_number_type(int, 1, 65536)
+    add("--height", metavar="H", type=size, help="in pixels (default: the weights' own size)")
+    add("--width", metavar="W", type=size, help="in pixels (default: the weights' own size)")
+    add(
+        "--sampler",
+        default=AUTO,
+        choices=(AUTO, *SAMPLERS),
+        type=parse_sampler,
+        help="default: auto, the one that the weights name; ddim if they name none, lcm if they "
+        "are for few steps",
+    )
+    add("--spacing", choices=SPACINGS, help="of the timesteps (default: the weights' own)")
+    add(
+        "--syntax",
+        choices=PROMPT_SYNTAXES,
+        help="of prompts; webui as web interfaces read them (default: all is text)",
+    )
+    add_clip_skip(add)
+    add(
+        "--noise-source",
+        default="keras",
+        choices=NOISE_SOURCES,
+        help="what makes noise of the seed: torch as diffusers, philox as web interfaces on a GPU "
+        "(default: keras, which differs between backends)",
+    )
+    add("--dtype", choices=DTYPES, help="of parameters and computation (default: float32)")
+
+
 def open_with_options(args, weights, **options):
     """Opens a checkpoint with the options of `add_checkpoint_options`."""
     from stable_diffusion.checkpoints import open_checkpoint

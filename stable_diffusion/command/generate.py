@@ -20,18 +20,12 @@ from stable_diffusion.command.animation import (
 )
 from stable_diffusion.command.arguments import (
     AUTO,
-    DTYPES,
-    NOISE_SOURCES,
-    PROMPT_SYNTAXES,
-    SAMPLERS,
     SEEDS,
-    SPACINGS,
     Parser,
     add_checkpoint_options,
-    add_clip_skip,
+    add_sampling_options,
     make_number_type,
     open_with_options,
-    parse_sampler,
     parse_text,
 )
 from stable_diffusion.command.parameters import KEY, make_parameters
@@ -163,13 +157,6 @@ def get_parser():
     add("--out", metavar="FILE", type=parse_text, help="a .png file, or a folder; see below")
     add("--seed", metavar="S", type=make_number_type(int, 0, SEEDS - 1), help="default: random")
     add(
-        "--noise-source",
-        default="keras",
-        choices=NOISE_SOURCES,
-        help="what makes noise of the seed: torch as diffusers, philox as web interfaces on a GPU "
-        "(default: keras, which differs between backends)",
-    )
-    add(
         "--batch",
         metavar="N",
         default=1,
@@ -177,29 +164,7 @@ def get_parser():
         help="images of each prompt, generated together; with --prompts, how many prompts are "
         "generated together (default: 1)",
     )
-    add(
-        "--steps",
-        metavar="N",
-        type=make_number_type(int, 1, 1000),
-        help="fewer are faster, more give finer images (default: 50; 4 if the weights say that "
-        "they are for few)",
-    )
-    add(
-        "--guidance",
-        metavar="G",
-        type=make_number_type(float, 0, 1000),
-        help="how closely to follow the prompt; at 1 or less the model runs without guidance, in "
-        "half the time (default: the one that the weights come with; 7.5 if they have none)",
-    )
-    add(
-        "--guidance-rescale",
-        metavar="R",
-        type=make_number_type(float, 0, 1),
-        help="how much of guidance's overexposure to take back, 0 to 1 (default: 0)",
-    )
-    size = make_number_type(int, 1, 65536)
-    add("--height", metavar="H", type=size, help="in pixels (default: the weights' own size)")
-    add("--width", metavar="W", type=size, help="in pixels (default: the weights' own size)")
+    add_sampling_options(add)
     add("--image", metavar="FILE", type=parse_text, help="an image to start from; see below")
     add(
         "--strength",
@@ -216,24 +181,10 @@ def get_parser():
         help="paint only the part of --image around the --mask, with so many pixels around it",
     )
     add(
-        "--sampler",
-        default=AUTO,
-        choices=(AUTO, *SAMPLERS),
-        type=parse_sampler,
-        help="default: auto, the one that the weights name; ddim if they name none, lcm if they "
-        "are for few steps",
-    )
-    add(
         "--eta",
         metavar="E",
         type=make_number_type(float, 0, 1),
         help="how much of the noise is new in each step of ddim, 0 to 1 (default: 0)",
-    )
-    add("--spacing", choices=SPACINGS, help="of the timesteps (default: the weights' own)")
-    add(
-        "--syntax",
-        choices=PROMPT_SYNTAXES,
-        help="of prompts; webui as web interfaces read them, see below (default: all is text)",
     )
     add(
         "--lora-folder",
@@ -241,8 +192,6 @@ def get_parser():
         type=parse_text,
         help="where the LoRAs of --syntax webui are",
     )
-    add_clip_skip(add)
-    add("--dtype", choices=DTYPES, help="of parameters and computation (default: float32)")
     add(
         "--walk",
         metavar="PROMPT",

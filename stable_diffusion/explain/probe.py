@@ -66,9 +66,27 @@ def attention_probe(model, function, component="diffusion_model", kinds=KINDS):
         ValueError: a backend, component or model that can't be probed, and probabilities of another
             shape.
     """
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if not callable(function):
         raise ValueError(f"function must be a function, not {function!r:.200}.")
+    layers = find_attention(model, component, kinds)
+    with ExitStack() as stack:
+        current = stack.enter_context(watch_passes(model))
+        stack.enter_context(uncompiled(getattr(model, component)))
+        for name, kind, layer in layers:
+            stack.enter_context(_probed(layer, name, kind, function, current))
+        yield
+
+
+def find_attention(model, component="diffusion_model", kinds=KINDS):
+    """Returns the attention layers that `attention_probe` watches, as `list_attention` does.
+
+    Args:
+        model, component, kinds: see `attention_probe`.
+
+    Raises:
+        ValueError: a backend, component or model that can't be probed.
+    """
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if component not in COMPONENTS:
         known = ", ".join(COMPONENTS)
         raise ValueError(f"component must be one of {known}, not {component!r:.200}.")
@@ -83,12 +101,7 @@ def attention_probe(model, function, component="diffusion_model", kinds=KINDS):
             f"The {component}, a {type(watched).__name__}, has no attention layers of this package "
             f"and kind to probe. Exported models have none."
         )
-    with ExitStack() as stack:
-        current = stack.enter_context(watch_passes(model))
-        stack.enter_context(uncompiled(watched))
-        for name, kind, layer in layers:
-            stack.enter_context(_probed(layer, name, kind, function, current))
-        yield
+    return layers
 
 
 def list_attention(model):

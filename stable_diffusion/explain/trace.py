@@ -12,7 +12,7 @@ from stable_diffusion.checks import check_entries, check_int, check_number, find
 from stable_diffusion.explain.boxes import Box, list_boxes
 from stable_diffusion.explain.daam import AttentionSums, normalize_map
 from stable_diffusion.explain.passes import watch_passes
-from stable_diffusion.explain.probe import attention_probe
+from stable_diffusion.explain.probe import attention_probe, find_attention
 from stable_diffusion.explain.words import find_words
 from stable_diffusion.guidance import rescale_guidance
 from stable_diffusion.images import fit_images, read_images
@@ -185,6 +185,7 @@ def trace(
     """
     start = time.perf_counter()
     _check_arguments(prompt, negative_prompt, options)
+    find_attention(model, kinds="cross")
     seed = check_int("seed", seed, 0)
     num_steps = check_int("num_steps", num_steps, 1, len(model.config.schedule))
     scales = [check_number("guidance_scales", scale, 0) for scale in guidance_scales]

@@ -18,12 +18,17 @@ from PIL import Image
 from stable_diffusion import __version__, noise, noise_scheduler, prompts, samplers, spacing
 from stable_diffusion.adapters import lora
 from stable_diffusion.checkpoints import FORMATS, tensors
-from stable_diffusion.command import arguments, convert, finetune, generate, png, terminal
+from stable_diffusion.command import arguments, convert, explain, finetune, generate, png, terminal
 from stable_diffusion.replacing import replace_file
 from stable_diffusion.training import distribution, methods, optimizers
 
-COMMANDS = [generate, convert, finetune]
-SMALL = {generate: ["a"], convert: ["in", "out"], finetune: ["f", "--method", "lora", "--out", "x"]}
+COMMANDS = [generate, convert, finetune, explain]
+SMALL = {
+    generate: ["a"],
+    convert: ["in", "out"],
+    finetune: ["f", "--method", "lora", "--out", "x"],
+    explain: ["a", "--out", "x"],
+}
 
 
 def test_names_are_those_of_the_tables():
