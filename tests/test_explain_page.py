@@ -113,6 +113,7 @@ def test_what_the_page_tells():
         assert f"timestep {step.timestep}" in reader.words
         assert f"latent = {step.alpha**0.5:.3f} · image" in reader.words
     assert "a/c.py:3" in reader.words and "(8, 8, 16) → (4, 4, 32)" in reader.words
+    assert "In the source: encode in a/b.py:12." in reader.words
     assert "x_t = √ᾱ · x0 + √(1−ᾱ) · noise" in reader.words
     assert "The given image" not in reader.words and "shown, evenly" not in reader.words
     given = Reader(make_page(make_trace(from_image=True)))

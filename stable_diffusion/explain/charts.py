@@ -251,7 +251,8 @@ def _svg(content, text, width=WIDTH, height=HEIGHT, style="chart"):
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z"/></marker></defs>'
     )
+    role = "group" if "<a " in content else "img"  # links in an image would be hidden
     return (
-        f'<svg class="{style}" viewBox="0 0 {width} {height}" role="img" '
+        f'<svg class="{style}" viewBox="0 0 {width} {height}" role="{role}" '
         f'aria-label="{escape(text)}">{head if "#head" in content else ""}{content}</svg>'
     )

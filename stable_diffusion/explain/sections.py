@@ -19,6 +19,7 @@ SMALL = 256  # in a step, and of a stage of the decoder,
 THUMBNAIL = 128  # in the strip of images, and under heat maps
 STRIP = 8  # images in the strip
 MOST_NAMED = 4  # words that are cut into pieces
+LEAST_ALPHA = 1e-6  # where x0 can be computed from the noise
 PARTS = {  # titles of the parts of boxes
     "tokenizer": "Tokenizer",
     "text_encoder": "Text encoder",
@@ -61,6 +62,14 @@ def choose_evenly(items, count):
 def find_difference(step):
     """Returns the difference of both predictions of a step; None without guidance."""
     return None if step.without_prompt is None else step.with_prompt - step.without_prompt
+
+
+def find_change(step):
+    """Returns how much the prompt changes x0 in a step, on average; None where it isn't known."""
+    difference = find_difference(step)
+    if difference is None or step.alpha < LEAST_ALPHA:
+        return None
+    return float(np.abs(difference).mean() * ((1 - step.alpha) / step.alpha) ** 0.5)
 
 
 def quote(text):
@@ -190,7 +199,8 @@ def write_way(trace, shown, scales):
       says what goes along it: here an array of {latent.shape[0]} rows and {latent.shape[1]}
       columns, with {latent.shape[2]} numbers in each cell. The three blue boxes are neural
       networks: functions with millions of numbers, which were found by training on images with
-      captions. All else is a few lines of arithmetic.</p>
+      captions. The rest is ordinary code, a few lines
+      each.</p>
     </div>
     {charts.draw_way(shapes)}
   </div>
@@ -243,6 +253,7 @@ def write_tokens(trace):
   <ol class="tokens">{"".join(chips)}</ol>
   {see}
   {why}
+  {_cite(trace, "encode")}
 </section>"""
 
 
@@ -300,6 +311,7 @@ def write_context(trace, scales):
   {show_scale(scales.context, "Values beyond have the colours of the ends.")}
   {see}
   {why}
+  {_cite(trace, "clip_embedding", "layer_0")}
 </section>"""
 
 
@@ -339,6 +351,7 @@ def write_noise(trace, scales):
   {scale}
   {see}
   {about}
+  {_cite(trace, "make_noise_source")}
 </section>"""
     first = trace.steps[0]
     image = show_image(
@@ -377,6 +390,7 @@ def write_noise(trace, scales):
   {see}
   {why}
   {about}
+  {_cite(trace, "make_noise_source")}
 </section>"""
 
 
@@ -404,6 +418,7 @@ def write_schedule(trace):
   of this run.</figcaption></figure>
   {see}
   {why}
+  {_cite(trace, "levels", "timestep_embedding")}
 </section>"""
 
 
@@ -421,12 +436,11 @@ def write_steps(trace, shown, panels, scales):
         fewer = f"""<p class="note">This run had {len(trace.steps)} steps. So that the page stays
         small, {len(shown)} of them are shown, evenly chosen, with the first and the last.</p>"""
     guided = shown[0].without_prompt is not None
-    twice = (
-        """The network predicts the noise in the latent. It does so twice: once it is told the
-        prompt, and once the empty prompt (or the negative prompt)."""
-        if guided
-        else "The network is told the prompt, and predicts the noise in the latent."
-    )
+    predict = """The UNet, the second neural network, gets the latent, the timestep and the context.
+    It predicts the noise in the latent."""
+    if guided:
+        predict += """ It does so twice: once with the context of the prompt, and once with that of
+        the empty prompt, or of the negative prompt if there is one."""
     guidance = (
         f"""<li><b>Strengthen.</b> <a href="#guidance">Guidance</a> exaggerates what the prompt
         changes: <code>noise = without + {trace.scale:g} · (with − without)</code>.</li>"""
@@ -463,13 +477,14 @@ def write_steps(trace, shown, panels, scales):
 <section id="steps">
   <h2>Step by step from noise to image</h2>
   <ol class="short">
-    <li><b>Predict.</b> {twice}</li>
+    <li><b>Predict.</b> {predict}</li>
     {guidance}
     <li><b>Subtract.</b> Without the noise, this is left:
     <code>x0 = (x_t − √(1−ᾱ) · noise) / √ᾱ</code>. It is the network's present guess of the
     finished latent. Decoded, it is the large image.</li>
     <li><b>Go on.</b> {move}</li>
   </ol>
+  {_cite(trace, "diffusion_model", "guidance", "sampler")}
   {see}
   {fewer}{converted}
   {scale}
@@ -494,14 +509,13 @@ def write_step(trace, step, scales):
         mark = number and f"<i>{number}</i> "
         return show_channels(values, limit, f"{caption} {at}", f"{mark}<b>{caption}</b>{note}")
 
+    change = find_change(step)
+    changed = "" if change is None else f" The prompt changes x0 by {change:.2f} on average."
     sheets = [sheet(step.before, "The latent")]
     if difference is None:
-        changed = ""
         sheets.append(sheet(step.with_prompt, "Predicted noise", 1))
     else:
         most = max(float(np.percentile(np.abs(difference), 99.5)), 1e-6)
-        change = np.abs(difference).mean() * noise / max(signal, 1e-6)
-        changed = f" The prompt changes x0 by {change:.2f} on average."
         sheets += [
             sheet(step.with_prompt, "Noise, with the prompt", 1),
             sheet(step.without_prompt, "Noise, without it", 1),
@@ -552,13 +566,8 @@ def write_guidance(trace):
         )
         for scale, image in trace.guidance.items()
     )
-    differences = [find_difference(step) for step in trace.steps]
-    chart = ""
-    if all(d is not None for d in differences):
-        sizes = [
-            float(np.abs(d).mean()) * ((1 - step.alpha) / max(step.alpha, 1e-9)) ** 0.5
-            for d, step in zip(differences, trace.steps, strict=True)
-        ]
+    sizes, chart = [find_change(step) for step in trace.steps], ""
+    if None not in sizes:
         text = f"Bars, {sizes[0]:.2f} at the first step and {sizes[-1]:.2f} at the last."
         chart = f"""<figure class="wide">{charts.draw_values(sizes, "step", text)}<figcaption>How
         much the prompt changes x0, a bar for each step (mean of the absolute difference, without
@@ -579,6 +588,7 @@ def write_guidance(trace):
   <div class="trio">{images}</div>
   {see}
   {chart}
+  {_cite(trace, "guidance")}
 </section>"""
 
 
@@ -604,7 +614,7 @@ def write_words(trace):
   <p>The UNet reads the context by attention: each cell of the latent spreads its attention over the
   tokens, in shares that add up to 1. Here the shares of each word are summed over all layers and
   all steps.</p>
-  <div class="grid words">{maps}</div>
+  {f'<div class="grid words">{maps}</div>' if maps else "<p>This prompt has no words.</p>"}
   <p class="scale"><span>least</span><span class="ramp heat" role="img"
   aria-label="Colours from black over red to light yellow"></span><span>most</span></p>
   {see}
@@ -654,6 +664,7 @@ def write_decoder(trace, scales):
   <div class="grid stages">{"".join(figures)}</div>
   {see}
   {why}
+  {_cite(trace, "unscale")}
 </section>"""
 
 
@@ -712,6 +723,20 @@ def _show_box(box):
         f'<td class="shape"><code>{quote(box.takes)}</code> <code>→ {quote(box.gives)}</code></td>'
         f'<td class="source"><code>{source}</code></td></tr>'
     )
+
+
+def _cite(trace, *names):
+    """Says where boxes are written, each place once: those of a name, or else of a part."""
+    found = {}
+    for name in names:
+        named = [box for box in trace.boxes if box.name == name][:1]
+        for box in named or [box for box in trace.boxes if box.part == name]:
+            found.setdefault(box.source, box.name)
+    places = ", ".join(
+        f"<code>{quote(name)}</code> in <code>{quote(source).replace('/', '/<wbr>')}</code>"
+        for source, name in found.items()
+    )
+    return places and f'<p class="cite">In the source: {places}.</p>'
 
 
 def _see(text):
