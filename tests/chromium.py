@@ -1,16 +1,25 @@
 """Drives a headless Chromium by the DevTools protocol, over two pipes: no other library is needed.
 
+    python tests/chromium.py "index.html#step-33" picture.png    # a picture of a page
+
 Reference: https://chromedevtools.github.io/devtools-protocol/ and, of the pipes,
 `--remote-debugging-pipe`: JSON, each message ended by a zero byte.
 """
 
+import argparse
+import base64
 import fcntl
+import io
 import json
 import os
 import select
 import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
+
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SWITCHES = (
@@ -116,6 +125,11 @@ class Chromium:
             mobile=width < 600,
         )
 
+    def take_picture(self):
+        """Returns what is in the window, as an image of Pillow's."""
+        data = self.send("Page.captureScreenshot")["data"]
+        return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
     def evaluate(self, expression):
         """Returns the value of an expression of JavaScript; a promise is waited for."""
         answer = self.send(
@@ -153,3 +167,28 @@ class Chromium:
             self._rest += new
         message, _, self._rest = self._rest.partition(b"\0")
         return json.loads(message)
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(description="Writes a picture of a page as a PNG file.")
+    parser.add_argument("page", help="file, with #NAME the part of it")
+    parser.add_argument("out", help="file for the picture")
+    parser.add_argument("--width", type=int, default=1400, help="of the window")
+    parser.add_argument("--height", type=int, default=790, help="of the window")
+    parser.add_argument("--dark", action="store_true", help="as for who prefers dark pages")
+    return parser
+
+
+def main():
+    args = get_parser().parse_args()
+    path, _, part = args.page.partition("#")
+    with tempfile.TemporaryDirectory() as folder, Chromium(find_chromium(), folder) as browser:
+        browser.resize(args.width, args.height)
+        browser.prefer(color_scheme="dark" if args.dark else "light")
+        browser.open(f"{Path(path).resolve().as_uri()}#{part}")
+        browser.send("Emulation.setScrollbarsHidden", hidden=True)
+        browser.take_picture().save(args.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

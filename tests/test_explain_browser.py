@@ -155,6 +155,7 @@ def test_links_to_steps(page):
 def test_an_address_with_a_step(page, address):
     page.open(f"{address}?#step-4")
     assert page.evaluate(VISIBLE) == "step-4"
+    assert 0 < page.evaluate("document.getElementById('panels').getBoundingClientRect().top") < 120
 
 
 @pytest.mark.parametrize("width", WIDTHS)

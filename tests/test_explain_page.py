@@ -5,6 +5,7 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from stable_diffusion.explain.trace import Token
 VOID = {"meta", "img", "input", "br", "wbr", "link", "hr"}
 SVG_VOID = {"path", "polyline", "circle", "rect", "use", "line"}
 LOADING = {"src", "srcset", "poster", "data", "action", "background", "xlink:href"}
+README = Path(pictures.__file__).parent / "README.md"
 EVIL = '<script>alert("1")</script>'
 
 
@@ -215,6 +217,11 @@ def test_the_schedule_marks_the_step():
         pytest.approx(bottom - 0.5**0.5 * (bottom - top), abs=0.1)
     ] * 2
     assert charts.draw_boxes([]) == ""
+
+
+def test_the_example_is_that_of_the_readme():
+    """Which tests/test_readmes.py runs."""
+    assert f"```python\n{sections.EXAMPLE}```" in README.read_text("utf-8")
 
 
 def test_choose_evenly():

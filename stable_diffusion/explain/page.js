@@ -35,28 +35,28 @@
     }, calm.matches ? 1500 : 250);
   }
 
-  function showLinked() {
+  function showLinked(behavior) {
     const linked = steps.findIndex((step) => `#${step.id}` === location.hash);
     if (linked < 0) return;
     stop();
     show(linked);
-    find("panels").scrollIntoView();
+    find("panels").scrollIntoView({ behavior });
   }
 
   slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
   play.addEventListener("click", () => (timer ? stop() : start()));
   find("back").addEventListener("click", () => { stop(); show(current - 1); });
   find("next").addEventListener("click", () => { stop(); show(current + 1); });
-  addEventListener("hashchange", showLinked);
+  addEventListener("hashchange", () => showLinked("auto"));
   document.addEventListener("click", (event) => {  // also where the address is that already
     const link = event.target.closest('a[href^="#step-"]');
-    if (link && link.getAttribute("href") === location.hash) showLinked();
+    if (link && link.getAttribute("href") === location.hash) showLinked("auto");
   });
 
   document.documentElement.classList.add("js");
   find("controls").hidden = false;
   show(0);
-  showLinked();
+  showLinked("instant");
 
   const links = [...document.querySelectorAll("nav a")];
   const seen = new IntersectionObserver((entries) => {

@@ -19,7 +19,16 @@ SMALL = 256  # in a step, and of a stage of the decoder,
 THUMBNAIL = 128  # in the strip of images, and under heat maps
 STRIP = 8  # images in the strip
 MOST_NAMED = 4  # words that are cut into pieces
+NEARLY_NOISE = 0.05  # alphas_cumprod below which a latent shows nothing but noise
 LEAST_ALPHA = 1e-6  # where x0 can be computed from the noise
+EXAMPLE = """\
+from stable_diffusion import StableDiffusion
+from stable_diffusion.explain import trace
+from stable_diffusion.explain.page import write_page
+
+model = StableDiffusion(weights="emoji", jit_compile=False)
+write_page(trace(model, "a green apple on a yellow background", seed=1), "index.html")
+"""
 PARTS = {  # titles of the parts of boxes
     "tokenizer": "Tokenizer",
     "text_encoder": "Text encoder",
@@ -115,7 +124,6 @@ def write_header(trace):
     """Returns the title, the image and the facts."""
     height, width = trace.image_size
     facts = {
-        "model": quote(trace.checkpoint),
         "size": f"{width} × {height} pixels",
         "steps": f"{len(trace.steps)} of {trace.num_steps}"
         if len(trace.steps) < trace.num_steps
@@ -124,6 +132,7 @@ def write_header(trace):
         "guidance": f"{trace.scale:g}",
         "seed": quote(trace.seed),
         "time": f"{trace.seconds:.0f} s with all that is shown here",
+        "networks": quote(trace.checkpoint),
     }
     if trace.negative_prompt:
         facts = {"negative prompt": f"<bdi>{quote(trace.negative_prompt)}</bdi>"} | facts
@@ -137,7 +146,7 @@ def write_header(trace):
     <p class="kicker">Stable Diffusion, from the inside</p>
     <h1>How this image was made</h1>
     <p class="prompt"><bdi>{quote(trace.prompt)}</bdi></p>
-    <p class="lead">A computer got this sentence{given}, and made the image from it. This page shows
+    <p class="lead">A computer got this text{given}, and made the image from it. This page shows
     everything that it computed on the way, with the numbers of this one run. You should know what
     an array is. There is no mathematics beyond square roots.</p>
     <dl class="facts">{rows}</dl>
@@ -413,9 +422,9 @@ def write_schedule(trace):
   <p>ᾱ (“alpha bar”) is a number between 0 and 1 that the schedule has for each timestep. In the
   source it is <code>alphas_cumprod[t]</code>.</p>
   <figure class="wide">{charts.draw_schedule(alphas, timesteps)}
-  <figcaption><span class="key signal"></span>√ᾱ, how much of the image is there
-  <span class="key noise"></span>√(1−ᾱ), how much noise. The dots are the {len(timesteps)} timesteps
-  of this run.</figcaption></figure>
+  <figcaption><span><i class="key signal"></i>√ᾱ, how much of the image is there.</span>
+  <span><i class="key noise"></i>√(1−ᾱ), how much noise.</span> The dots are the {len(timesteps)}
+  timesteps of this run.</figcaption></figure>
   {see}
   {why}
   {_cite(trace, "levels", "timestep_embedding")}
@@ -464,15 +473,20 @@ def write_steps(trace, shown, panels, scales):
     stretched = (
         """The difference of both predictions is small, so its colours are stretched; the caption
         says how far they reach. But it counts, above all at first: to get x0 it is divided by √ᾱ,
-        which is tiny there."""
+        which is least there."""
         if guided
         else ""
     )
     told = "for latents and noise in all steps. Values beyond have the colours of the ends."
     scale = show_scale(scales.latent, told)
-    see = _see(f"""At first the latent and the predicted noise look the same, because the latent is
-        nearly nothing but noise. Then a form appears in it, while the noise fades. {stretched} The
-        early guesses are smooth. Detail comes late: it can't be known while noise covers it.""")
+    begins = (
+        """At first the latent and the predicted noise look the same, because the latent is nearly
+        nothing but noise. Then a form appears in it, while the noise fades."""
+        if shown[0].alpha < NEARLY_NOISE
+        else "The form in the latent becomes clearer from step to step, while the noise fades."
+    )
+    see = _see(f"""{begins} {stretched} The early guesses are smooth. Detail comes late: it can't be
+        known while noise covers it.""")
     return f"""
 <section id="steps">
   <h2>Step by step from noise to image</h2>
@@ -560,7 +574,7 @@ def write_guidance(trace):
             pictures.encode_photo(image, PHOTO),
             f"The image with guidance {scale:g}",
             f"<b>{scale:g}</b>"
-            + (" no guidance" if scale == 1 else "")
+            + (", no guidance" if scale == 1 else "")
             + (", this run" if scale == trace.scale else ""),
             _size_style(image),
         )
@@ -604,7 +618,8 @@ def write_words(trace):
         for word, heat in trace.maps.items()
     )
     see = _see("""Bright means that the cells there paid much attention to the word. Words that name
-        a thing are often bright on the thing.""")
+        a thing are often bright on the thing, but not always: the map shows where the network reads
+        the word, which need not be where the thing is.""")
     why = _why("""Nobody told the network where the things are. It learned to look at the word for
         what it is about to paint. Each map is divided by its own maximum, so compare places, not
         words. Small words have maps, too, because the shares have to go somewhere.""")
@@ -711,6 +726,8 @@ def write_further(trace):
     return f"""
 <section id="further">
   <h2>Read on</h2>
+  <p>Make such a page of a prompt of your own, with the package that made this one:</p>
+  <pre><code>{quote(EXAMPLE)}</code></pre>
   <p>The papers, each with one idea of this page:</p>
   <ul>{links}</ul>
 </section>"""
