@@ -107,6 +107,7 @@ class Drawing:
     def add_cells(self, x, y, size, rows):
         """Draws a small image of square cells; `rows` are lists of colours `(r, g, b)`."""
         cell = size / len(rows)
+        self.parts.append('<g shape-rendering="crispEdges">')  # no gaps at other sizes
         for i, row in enumerate(rows):
             for j, colour in enumerate(row):
                 self.parts.append(
@@ -114,7 +115,7 @@ class Drawing:
                     f'height="{cell:g}" fill="#{"".join(f"{value:02x}" for value in colour)}"/>'
                 )
         self.parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{size:g}" height="{size:g}" class="frame"/>'
+            f'</g><rect x="{x:g}" y="{y:g}" width="{size:g}" height="{size:g}" class="frame"/>'
         )
 
     def join(self):
