@@ -38,6 +38,7 @@ From KerasCV, with its signatures: `StableDiffusion`, `StableDiffusionV2`, `Text
     training.load_state .save_state                               resuming
     explain.attention_probe .Place                                attention, to see and change
     explain.heat_maps .HeatMaps                                   where an image looks at a word
+    explain.trace .Trace                                          everything of one image
     parity.keras_cv                                               comparing with KerasCV
 """
 

@@ -1,8 +1,10 @@
 """Traces: everything that happened while one image was generated."""
 
 import inspect
+import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import keras
 import numpy as np
@@ -273,3 +275,18 @@ def test_boxes_of_a_sampler_of_the_users(model):
 def test_what_is_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         trace(model, **{"prompt": "a", "num_steps": 2} | options)
+
+
+def test_a_notebook_shows_it(made):
+    """One element, with pictures inside and nothing of the prompt as markup."""
+    made = replace(made[0], prompt="a <script>red</script> apple")
+    shown = made._repr_html_()
+    closed = re.sub(r"(<img [^>]*|<br)>", r"\1/>", shown.replace("&nbsp;", " "))
+    parsed = ElementTree.fromstring(closed)  # as XML
+    pictures = [image.get("src") for image in parsed.iter("img")]
+    assert len(pictures) == 1 + STEPS + len(made.maps)
+    assert all(picture.startswith("data:image/") for picture in pictures)
+    assert all(image.get("alt") for image in parsed.iter("img"))
+    text = "".join(parsed.itertext())
+    assert "a <script>red</script> apple" in text and "step 3" in text and "apple 3055" in text
+    assert parsed.find(".//script") is None and len(shown) < 200_000

@@ -251,6 +251,7 @@ CALLS = {  # module: function of the module and of an empty folder; it is true
     "explain.daam": lambda m, _: m.normalize_map(2 * ones(1, 1)) == 1,
     "explain.charts": lambda m, _: m.draw_boxes([]) == "",
     "explain.page": lambda m, _: "</html>" in m.make_page(make_trace(num_steps=1)),
+    "explain.notebook": lambda m, _: "alt" in m._show("x", np.zeros((8, 8, 3), "uint8"), 8),
     "explain.passes": sees_passes,
     "explain.pictures": lambda m, _: m.arrange_tiles(ones(2, 2, 4)).shape == (5, 5),
     "explain.probe": sees_attention,

@@ -11,6 +11,7 @@ from stable_diffusion.block import without_gradients
 from stable_diffusion.checks import check_entries, check_int, check_number, find_first_step
 from stable_diffusion.explain.boxes import Box, list_boxes
 from stable_diffusion.explain.daam import AttentionSums, normalize_map
+from stable_diffusion.explain.notebook import make_summary
 from stable_diffusion.explain.passes import watch_passes
 from stable_diffusion.explain.probe import attention_probe, find_attention
 from stable_diffusion.explain.words import find_words
@@ -92,7 +93,7 @@ class Step:
 class Trace:
     """What happened while one image was generated, see `trace`.
 
-    A notebook shows it as pictures (`_repr_html_`); `page.write_page` makes a web page of it.
+    A notebook shows it as pictures (`notebook.make_summary`). `page.write_page` makes a web page.
 
     Attributes:
         prompt, negative_prompt: the texts; the latter is "" unless one was given.
@@ -146,6 +147,9 @@ class Trace:
     prediction_type: str
     boxes: list[Box]
     seconds: float
+
+    def _repr_html_(self):
+        return make_summary(self)
 
 
 def trace(
