@@ -28,7 +28,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.command import convert, finetune, generate
+from stable_diffusion.command import convert, explain, finetune, generate
 from stable_diffusion.files import WEIGHTS_DIR
 
 try:
@@ -49,10 +49,12 @@ COMMANDS = {
     "stable-diffusion": generate,
     "stable-diffusion-convert": convert,
     "stable-diffusion-finetune": finetune,
+    "stable-diffusion-explain": explain,
 }
 RUN = {  # commands that run: what is added to their arguments, where the last value counts
     "stable-diffusion": ["--steps", str(FEW_STEPS)],
     "stable-diffusion-convert": [],
+    "stable-diffusion-explain": ["--steps", str(FEW_STEPS)],
     "stable-diffusion-finetune": ["--steps", str(FEW_STEPS), "--preview-steps", str(FEW_STEPS)],
     "scripts/character/draw_character.py": [],
 }
@@ -165,7 +167,12 @@ def parse_script(path, arguments, monkeypatch):
     spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.syspath_prepend(str(path.parent))
-    spec.loader.exec_module(module)
+    with monkeypatch.context() as patch:
+        stop_when_parsed(patch, [str(path), *arguments])
+        try:
+            spec.loader.exec_module(module)
+        except Parsed:  # a lesson, which has no `main`
+            return
     parse_module(module, [str(path), *arguments], monkeypatch)
 
 
@@ -178,16 +185,21 @@ def parse_module(module, argv, monkeypatch):
     if hasattr(module, "get_parser"):
         module.get_parser().parse_intermixed_args(argv[1:])
         return
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        stop_when_parsed(patch, argv)
+        module.main()
+
+
+def stop_when_parsed(patch, argv):
+    """Makes `parse_args` raise `Parsed` after it has parsed `argv`."""
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, *arguments, **options):
         parse(parser, *arguments, **options)
         raise Parsed
 
-    with monkeypatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        patch.setattr(sys, "argv", argv)
-        module.main()
+    patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    patch.setattr(sys, "argv", argv)
 
 
 def check_command(words, monkeypatch):
