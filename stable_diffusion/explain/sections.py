@@ -21,6 +21,7 @@ STRIP = 8  # images in the strip
 MOST_NAMED = 4  # words that are cut into pieces
 NEARLY_NOISE = 0.05  # alphas_cumprod below which a latent shows nothing but noise
 LEAST_ALPHA = 1e-6  # where x0 can be computed from the noise
+COMMAND = 'stable-diffusion-explain "a green apple on a yellow background" --out apple'
 EXAMPLE = """\
 from stable_diffusion import StableDiffusion
 from stable_diffusion.explain import trace
@@ -330,11 +331,11 @@ def write_noise(trace, scales):
     height, width, channels = noise.shape
     pixels = int(np.prod(trace.image.shape))
     cell = trace.image_size[0] // height
-    about = f"""It is a small stand-in for an image. Each of its {height}×{width} cells stands
+    about = f"""A latent is a small stand-in for an image. Each of its {height}×{width} cells stands
     for {cell}×{cell} pixels, and has {channels} numbers, its channels. That makes {noise.size:,}
     numbers instead of the {pixels:,} of the image, {pixels / noise.size:.0f} times fewer. This is
     why the model can be quick: it works on latents, and only the decoder makes pixels."""
-    about = _tell("What a latent is", about)
+    about = _tell("The latent", about)
     sheet = show_channels(
         noise,
         scales.latent,
@@ -727,7 +728,11 @@ def write_further(trace):
 <section id="further">
   <h2>Read on</h2>
   <p>Make such a page of a prompt of your own, with the package that made this one:</p>
+  <pre><code>{quote(COMMAND)}</code></pre>
+  <p>In Python, where <code>trace</code> gives all the arrays of this page:</p>
   <pre><code>{quote(EXAMPLE)}</code></pre>
+  <p>The folder <code>scripts/lessons</code> of the source has lessons that go the same way in code,
+  step by step, with exercises.</p>
   <p>The papers, each with one idea of this page:</p>
   <ul>{links}</ul>
 </section>"""
