@@ -3,15 +3,16 @@
 import base64
 import io
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from traces import make_trace
 
+from stable_diffusion.command import explain
 from stable_diffusion.explain import charts, pictures, sections
 from stable_diffusion.explain.page import CONTENTS, MOST_BYTES, make_page, write_page
 from stable_diffusion.explain.trace import Token
@@ -19,7 +20,6 @@ from stable_diffusion.explain.trace import Token
 VOID = {"meta", "img", "input", "br", "wbr", "link", "hr"}
 SVG_VOID = {"path", "polyline", "circle", "rect", "use", "line"}
 LOADING = {"src", "srcset", "poster", "data", "action", "background", "xlink:href"}
-README = Path(pictures.__file__).parent / "README.md"
 EVIL = '<script>alert("1")</script>'
 
 
@@ -219,9 +219,18 @@ def test_the_schedule_marks_the_step():
     assert charts.draw_boxes([]) == ""
 
 
-def test_the_example_is_that_of_the_readme():
-    """Which tests/test_readmes.py runs."""
-    assert f"```python\n{sections.EXAMPLE}```" in README.read_text("utf-8")
+def test_the_examples_work(tmp_path, monkeypatch):
+    command, *arguments = shlex.split(sections.COMMAND)
+    assert command == explain.NAME and explain.get_parser().parse_args(arguments).out == "apple"
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "stable_diffusion.explain.trace",
+        lambda model, *given, **options: asked.append((given, options)) or make_trace(),
+    )
+    exec(sections.EXAMPLE, {})
+    assert asked == [(("a green apple on a yellow background",), {"seed": 1})]
+    assert (tmp_path / "index.html").is_file()
 
 
 def test_choose_evenly():
