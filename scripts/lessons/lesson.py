@@ -1,6 +1,7 @@
 """What the lessons share: their pictures, and where things are written."""
 
 import argparse
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def begin(doc):
     )
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
+    # It would warn of tracing anew, because lessons run models on batches of many sizes.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     print(f"{doc.partition(chr(10))[0]}\n")
     return out
 
