@@ -82,8 +82,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "little"])
 def page(request):
+    if request.param == "little":  # of a checkpoint that can't be looked into, without more images
+        return make_page(replace(make_trace(), stages={}, guidance={}, boxes=[]))
     return make_page(make_trace(**KINDS[request.param]))
 
 
@@ -116,6 +118,8 @@ def test_what_the_page_tells():
         assert f"latent = {step.alpha**0.5:.3f} · image" in reader.words
     assert "a/c.py:3" in reader.words and "(8, 8, 16) → (4, 4, 32)" in reader.words
     assert "In the source: encode in a/b.py:12." in reader.words
+    assert "mid_res_1 (8, 8, 6)" in reader.words, "a stage that the trace has in full size"
+    assert "up_0_res_1 (512, 512, 5), shown as (64, 64, 5)" in reader.words
     assert "x_t = √ᾱ · x0 + √(1−ᾱ) · noise" in reader.words
     assert "The given image" not in reader.words and "shown, evenly" not in reader.words
     given = Reader(make_page(make_trace(from_image=True)))

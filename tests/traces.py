@@ -69,6 +69,7 @@ def make_trace(
         Box("encode", "tokenizer", "Turns text into ids.", "text", "(77,)", "a/b.py:12"),
         Box("conv_in", "diffusion_model", "Convolves.", str(latent), "(8, 8, 16)", "a/c.py:3"),
         Box("mid_res_0", "diffusion_model", "Mixes.", "(8, 8, 16)", "(4, 4, 32)", "a/d.py:5"),
+        Box("up_0_res_1", "decoder", "Paints.", "(8, 8, 16)", "(512, 512, 5)", "a/e.py:7"),
     ]
     return Trace(
         prompt=" ".join(words),

@@ -6,6 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from stable_diffusion.explain.daam import colour_map
+
 # Colours from negative over 0 to positive: five of ColorBrewer's "RdBu", blue to red.
 DIVERGING = np.array([(5, 48, 97), (67, 147, 195), (247, 247, 247), (214, 96, 77), (103, 0, 31)])
 LEVELS = 63  # different colours of a sheet; an odd number has one for 0
@@ -103,8 +105,6 @@ def encode_heat(heat, longest=32):
     Returns:
         str, a data URI of a WebP file.
     """
-    from stable_diffusion.explain.daam import colour_map
-
     return encode_photo(colour_map(heat), longest)
 
 

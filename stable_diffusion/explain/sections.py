@@ -591,9 +591,12 @@ def write_guidance(trace):
             chart += _why("""With much noise the network sees nearly no image, so it relies on the
             prompt. Later the latent itself shows what it is going to be, and the prompt changes
             little.""")
-    see = _see("""The same prompt and the same noise, with three guidance scales. At 1 the formula
-        gives the prediction with the prompt, unchanged. A higher scale makes the subject clearer
-        and colours stronger. Too high a scale makes hard edges and glaring colours.""")
+    see = ""
+    if trace.guidance:
+        first = "At 1 the formula gives the prediction with the prompt, unchanged."
+        see = _see(f"""The same prompt and the same noise, with other guidance scales.
+        {first if 1 in trace.guidance else ""} A higher scale makes the subject clearer and colours
+        stronger. Too high a scale makes hard edges and glaring colours.""")
     return f"""
 <section id="guidance">
   <h2>Guidance: how strictly to follow the prompt</h2>
@@ -644,15 +647,16 @@ def write_decoder(trace, scales):
     figures = [
         show_channels(latent, scales.latent, "The channels of the last latent", "<b>The latent</b>")
     ]
+    gives = {box.name: box.gives for box in trace.boxes if box.part == "decoder"}
     for name, features in trace.stages.items():
         if features.shape[-1] > 3:
-            every = -(-max(features.shape[:2]) // SMALL)
-            seen = pictures.find_components(features[::every, ::every])
+            shape = show_shape(features)
+            reduced = f", shown as {shape}" if gives.get(name, shape) != shape else ""
             figures.append(
                 show_image(
-                    pictures.encode_photo(seen),
+                    pictures.encode_photo(pictures.find_components(features), SMALL),
                     f"The feature map after {quote(name)}",
-                    f"<b>{quote(name)}</b> <code>{show_shape(features)}</code>",
+                    f"<b>{quote(name)}</b> <code>{quote(gives.get(name, shape))}</code>{reduced}",
                     "pixels",
                 )
             )
@@ -664,13 +668,16 @@ def write_decoder(trace, scales):
             _size_style(trace.image),
         )
     )
-    see = _see("""A feature map has more channels than an image has colours. So each picture shows
-        the three directions in which its channels vary most (principal components) as red, green
-        and blue. The colours have no further meaning, and change from picture to picture; look at
-        the forms. They get finer with every stage. The last layers turn them into true colours.""")
+    see = ""
+    if trace.stages:
+        see = _see("""A feature map has more channels than an image has colours. So each picture
+            shows the three directions in which its channels vary most (principal components) as
+            red, green and blue. The colours have no further meaning, and change from picture to
+            picture; look at the forms. They get finer with every stage. The last layers turn them
+            into true colours.""")
     why = _why("""The decoder was trained together with an encoder: images were made small and large
-        again, until they came back nearly unchanged. It knows how fur, edges and skies look, so the
-        latent does not have to spell out each pixel.""")
+        again, until they came back nearly unchanged. It knows what edges and surfaces look like, so
+        the latent does not have to spell out each pixel.""")
     return f"""
 <section id="decoder">
   <h2>From the latent to pixels</h2>
