@@ -27,6 +27,7 @@ SWITCHES = (
     "--remote-debugging-pipe",
     "--no-sandbox",  # root has none
     "--disable-gpu",
+    "--hide-scrollbars",
     "--disable-dev-shm-usage",
     "--disable-quic",
     "--disable-sync",
@@ -186,7 +187,6 @@ def main():
         browser.resize(args.width, args.height)
         browser.prefer(color_scheme="dark" if args.dark else "light")
         browser.open(f"{Path(path).resolve().as_uri()}#{part}")
-        browser.send("Emulation.setScrollbarsHidden", hidden=True)
         browser.take_picture().save(args.out, optimize=True)
 
 
