@@ -144,6 +144,20 @@ def test_pieces_of_a_word_stand_together():
     assert "storybooks is cut into 2 pieces" in reader.words
 
 
+def test_bytes_of_a_character():
+    tokens = [Token(1, "", "start"), Token(172, "\ufffd", "text"), Token(2, "", "end")]
+    reader = Reader(make_page(replace(make_trace(context=(3, 16)), tokens=tokens)))
+    assert "byte 172" in " ".join(reader.text) and "cut into its bytes" in reader.words
+
+
+def test_steps_with_and_without_guidance():
+    trace = make_trace()
+    first = replace(trace.steps[0], without_prompt=None)
+    reader = Reader(make_page(replace(trace, steps=[first, *trace.steps[1:]])))
+    assert "In some steps of this run it does so once" in reader.words
+    assert reader.words.count("Their difference") == 2
+
+
 def test_texts_of_the_user_stay_texts():
     trace = make_trace(
         words=(EVIL, '"><img src=x onerror=alert(1)>', "&amp;", "\ud800", "'"),

@@ -98,8 +98,8 @@ def find_attention(model, component="diffusion_model", kinds=KINDS):
     layers = [one for one in list_attention(watched) if one[1] in kinds]
     if not layers:
         raise ValueError(
-            f"The {component}, a {type(watched).__name__}, has no attention layers of this package "
-            f"and kind to probe. Exported models have none."
+            f"The {component} can't be probed: a {type(watched).__name__} has no attention layers "
+            f"of this package and of kind {' or '.join(kinds)}. Exported models have none."
         )
     return layers
 

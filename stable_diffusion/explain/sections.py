@@ -19,6 +19,7 @@ SMALL = 256  # in a step, and of a stage of the decoder,
 THUMBNAIL = 128  # in the strip of images, and under heat maps
 STRIP = 8  # images in the strip
 MOST_NAMED = 4  # words that are cut into pieces
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what stands for a part of a character
 NEARLY_NOISE = 0.05  # alphas_cumprod below which a latent shows nothing but noise
 LEAST_ALPHA = 1e-6  # where x0 can be computed from the noise
 COMMAND = 'stable-diffusion-explain "a green apple on a yellow background" --out apple'
@@ -242,6 +243,8 @@ def write_tokens(trace):
         else "Here every word is in the list as a whole. A rare word would be cut into pieces that "
         "are, so that every text has tokens."
     )
+    if any(BROKEN in token.text for token in text):
+        pieces += " A sign that the list does not have is cut into its bytes."
     ends = "with a start and an end token around them"
     if chunks > 1:
         ends = f"in {chunks} parts with a start and an end token around each"
@@ -445,12 +448,14 @@ def write_steps(trace, shown, panels, scales):
     if len(shown) < len(trace.steps):
         fewer = f"""<p class="note">This run had {len(trace.steps)} steps. So that the page stays
         small, {len(shown)} of them are shown, evenly chosen, with the first and the last.</p>"""
-    guided = shown[0].without_prompt is not None
+    guided = any(step.without_prompt is not None for step in shown)
     predict = """The UNet, the second neural network, gets the latent, the timestep and the context.
     It predicts the noise in the latent."""
     if guided:
         predict += """ It does so twice: once with the context of the prompt, and once with that of
         the empty prompt, or of the negative prompt if there is one."""
+    if guided and any(step.without_prompt is None for step in shown):
+        predict += " In some steps of this run it does so once, without guidance."
     guidance = (
         f"""<li><b>Strengthen.</b> <a href="#guidance">Guidance</a> exaggerates what the prompt
         changes: <code>noise = without + {trace.scale:g} · (with − without)</code>.</li>"""
@@ -499,7 +504,7 @@ def write_steps(trace, shown, panels, scales):
     finished latent. Decoded, it is the large image.</li>
     <li><b>Go on.</b> {move}</li>
   </ol>
-  {_cite(trace, "diffusion_model", "guidance", "sampler")}
+  {_cite(trace, "diffusion_model", *["guidance"][:guided], "sampler")}
   {see}
   {fewer}{converted}
   {scale}
@@ -545,7 +550,9 @@ def write_step(trace, step, scales):
         f"<figcaption><bdi>{quote(word)}</bdi></figcaption></figure>"
         for word, heat in step.maps.items()
     )
-    maps = maps and f'<h4>Where it looks at each word</h4><div class="maps">{maps}</div>'
+    if maps:
+        maps = f"""<h4>Where it looks at each word <span>from dark, nothing, to bright, the most
+        that the word gets in any step</span></h4><div class="maps">{maps}</div>"""
     preview = ""
     if step.x0_image.shape != trace.image.shape:
         preview = ", a small preview: a pixel for each cell"
@@ -786,7 +793,9 @@ def _size_style(image):
 
 
 def _name_token(token):
-    return {"start": "start", "end": "end", "padding": "padding"}.get(token.kind, token.text)
+    if token.kind != "text":
+        return token.kind
+    return "byte" if BROKEN in token.text else token.text
 
 
 def _show_token(token, name):
