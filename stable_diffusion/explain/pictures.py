@@ -50,8 +50,8 @@ def encode_values(values, limit, colours=DIVERGING):
     hidden = np.isnan(values)
     share = np.where(hidden, 0, values).clip(-limit, limit) / limit
     indices = np.where(hidden, LEVELS, ((share + 1) / 2 * (LEVELS - 1)).round()).astype("uint8")
-    image = Image.fromarray(indices, "P")
-    image.putpalette(palette.tobytes())
+    image = Image.fromarray(indices)
+    image.putpalette(palette.tobytes())  # from now on its values are indices
     options = {"transparency": LEVELS} if hidden.any() else {}
     return _encode(image, "png", optimize=True, bits=8, **options)
 
