@@ -7,10 +7,13 @@ answer is a Python file, and it is run: check answers of your own only.
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
 import traceback
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the checks import lesson.py
@@ -45,27 +48,55 @@ def check_answer(check, answer):
 
     Args:
         check: function of the answer, which raises `lesson.Wrong`.
-        answer: the reader's function.
+        answer: the reader's function. One that changes an array which it was given is wrong: it
+            would spoil what the check compares with.
     """
+    if not callable(answer):
+        return f"it is no function, but of the type {type(answer).__name__}"
+    returned = []
+
+    @functools.wraps(answer)
+    def call(*args, **kwargs):
+        returned.clear()
+        arrays = [(n, given) for n, given in enumerate(args) if isinstance(given, np.ndarray)]
+        kept = [given.copy() for _, given in arrays]
+        returned.append(answer(*args, **kwargs))
+        for (n, given), before in zip(arrays, kept, strict=True):
+            if given.tobytes() != before.tobytes():
+                given[...] = before
+                raise Wrong(f"it changes its arguments in place (number {n + 1}): copy first.")
+        return returned[0]
+
     try:
-        check(answer)
+        check(call)
     except Wrong as error:
         return str(error)
     except Exception as error:
-        return describe_error(error, "it ended with ")
+        file = getattr(getattr(answer, "__code__", None), "co_filename", None)
+        if returned and not _find_line(error, file):  # the check could not use what it got
+            return f"it returned {_describe_value(returned[0])}"
+        return f"it ended with {describe_error(error, file)}"
     return None
 
 
-def describe_error(error, before=""):
-    """Returns an exception in one line, with the last line of the reader's that led to it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(HERE / "checks")]
-    own = [
-        frame for frame in own if frame.filename != __file__ and "lib/python" not in frame.filename
-    ]
-    place = f" (line {own[-1].lineno}: {own[-1].line})" if own else ""
+def describe_error(error, file):
+    """Returns an exception in one line, with the last line of the reader's file that led to it."""
     first_line = str(error).partition("\n")[0]
-    return f"{before}{type(error).__name__}: {first_line:.300}{place}"
+    return f"{type(error).__name__}: {first_line:.300}{_find_line(error, file)}"
+
+
+def _find_line(error, file):
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == str(file)]
+    return f" (line {own[-1].lineno}: {own[-1].line})" if own else ""
+
+
+def _describe_value(value):
+    if value is None:
+        return "None: is there a return?"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and type {value.dtype}, which does not fit"
+    return f"{value!r:.60} ({type(value).__name__}), which does not fit"
 
 
 def main(argv=None):
@@ -77,12 +108,14 @@ def main(argv=None):
         checks = list_checks(args.lesson)
         if not args.answer.is_file():
             raise ValueError(f"There is no file {args.answer}.")
-        answers = import_file(args.answer)
     except ValueError as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 2
+    try:
+        answers = import_file(args.answer)
     except Exception as error:
-        print(f"check.py: {args.answer} ended with {describe_error(error)}", file=sys.stderr)
+        why = describe_error(error, args.answer)
+        print(f"check.py: {args.answer} ended with {why}", file=sys.stderr)
         return 2
     wrong = 0
     for name, check in checks.items():

@@ -117,6 +117,15 @@ def run_check(tmp_path, text, capsys, number="03"):
         ),
         ("def {name}(*x):\n    return 1 / 0\n", 1, "(line 2: return 1 / 0)"),
         ("1 / 0\n", 2, "my_answer.py ended with ZeroDivisionError: division by zero"),
+        ("\nint('x')\n", 2, "(line 2: int('x'))"),
+        ("{name} = 3\n", 1, "it is no function, but of the type int"),
+        ("def {name}(): 1\n", 1, "it ended with TypeError: {name}() takes 0 positional"),
+        (
+            "from stable_diffusion.noise_scheduler import diffuse\n\n\n"
+            "def {name}(x0, noise, alpha):\n    return diffuse(x0, noise[:3], alpha)\n",
+            1,
+            "(line 5: return diffuse(x0, noise[:3], alpha))",
+        ),
         ("def f(:\n", 2, "my_answer.py ended with SyntaxError: "),
     ],
 )
@@ -150,6 +159,33 @@ def test_an_error_of_the_checks_own_names_the_answers_line():
 
     why = check.check_answer(check_it, answer)
     assert why.startswith("it ended with IndexError: ") and "return x.shape[5])" in why
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "it returned None: is there a return?"),
+        ("x", "it returned 'x' (str), which does not fit"),
+        (np.ones(3), "it returned an array of shape (3,) and type float64, which does not fit"),
+    ],
+)
+def test_what_a_check_cannot_use_is_named(value, message):
+    def check_it(answer):
+        np.ones((2, 2)) - answer()
+
+    assert check.check_answer(check_it, eval("lambda: value", {"value": value})) == message
+
+
+def test_an_answer_that_changes_an_array_is_wrong_and_spoils_nothing():
+    array = np.zeros(3)
+
+    def answer(scale, x):
+        x += scale
+        return x
+
+    why = check.check_answer(lambda answer: answer(2, array), answer)
+    assert why == "it changes its arguments in place (number 2): copy first."
+    assert (array == 0).all()
 
 
 # Pictures
