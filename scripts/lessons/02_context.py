@@ -6,8 +6,8 @@ Lesson 1 comes before: tokens.
 """
 
 import numpy as np
-from keras import ops
 from lesson import begin, save_picture, where
+from keras import ops
 
 from stable_diffusion import StableDiffusion
 from stable_diffusion.explain import attention_probe

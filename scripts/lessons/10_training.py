@@ -6,10 +6,9 @@ Lesson 3 (adding noise) and lesson 9 (samplers) come before. Nothing is loaded h
 one point of a plane: two numbers. The noise, the loss and the sampler are Stable Diffusion's.
 """
 
-import keras
 import numpy as np
-from keras import layers, ops
 from lesson import begin, save_picture, where
+from keras import Input, Model, layers, ops, optimizers, utils
 from PIL import Image, ImageDraw
 
 from stable_diffusion.noise_scheduler import (
@@ -21,7 +20,7 @@ from stable_diffusion.noise_scheduler import (
 )
 
 out, rng = begin(__doc__), np.random.default_rng(0)
-keras.utils.set_random_seed(0)
+utils.set_random_seed(0)
 
 # --- 1. The data ---------------------------------------------------------------------------------
 #
@@ -51,12 +50,12 @@ def plot(points, colours):
 # 64 waves (lesson 4). It returns the noise that it sees. The point also comes as waves, sin(x),
 # cos(x), sin(2 x) and so on: without them it would learn a blob long before it learns a spiral.
 
-point, when = keras.Input((2,)), keras.Input((64,))
+point, when = Input((2,)), Input((64,))
 waves = [wave(k * point) for k in (1, 2, 4, 8) for wave in (ops.sin, ops.cos)]
 x = layers.Concatenate()([point, when, *waves])
 for _ in range(3):
     x = layers.Dense(128, activation="silu")(x)
-network = keras.Model([point, when], layers.Dense(2)(x))
+network = Model([point, when], layers.Dense(2)(x))
 print(f"{network.count_params():,} parameters; Stable Diffusion's UNet has 859,520,964")
 
 # --- 3. Training ---------------------------------------------------------------------------------
@@ -67,8 +66,8 @@ print(f"{network.count_params():,} parameters; Stable Diffusion's UNet has 859,5
 
 schedule = NoiseScheduler()  # 1000 timesteps, as in the paper
 COUNT, BATCH, ROUNDS = 200_000, 1000, 16
-rate = keras.optimizers.schedules.CosineDecay(5e-3, ROUNDS * COUNT // BATCH)
-network.compile(keras.optimizers.Adam(rate), loss="mse")
+rate = optimizers.schedules.CosineDecay(5e-3, ROUNDS * COUNT // BATCH)
+network.compile(optimizers.Adam(rate), loss="mse")
 print(f"adding noise: {where(diffuse)}")
 for number in range(ROUNDS):
     points, timesteps = draw_points(COUNT), rng.integers(len(schedule), size=COUNT)

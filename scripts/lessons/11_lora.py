@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import keras
 import numpy as np
 from lesson import begin, save_picture, where
+from keras import optimizers
 from PIL import Image
 
 from stable_diffusion import StableDiffusion
@@ -58,8 +58,8 @@ layer = next(iter(method.adapters.values()))
 shapes = [tuple(part.shape) for part in (layer.kernel, layer.lora_kernel_a, layer.lora_kernel_b)]
 print(f"\n{len(method.adapters)} kernels, such as W {shapes[0]}: A {shapes[1]}, B {shapes[2]}")
 STEPS, ROUNDS = 400, 5
-rate = keras.optimizers.schedules.CosineDecay(4e-3, STEPS)
-trained = method.compile(keras.optimizers.AdamW(rate))
+rate = optimizers.schedules.CosineDecay(4e-3, STEPS)
+trained = method.compile(optimizers.AdamW(rate))
 learned = sum(int(np.prod(part.shape)) for part in trained.trainable_weights)
 print(f"{learned:,} of {trained.count_params():,} numbers learn: {where(LoRA)}")
 

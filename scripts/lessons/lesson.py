@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from stable_diffusion.explain.boxes import find_source
+from stable_diffusion.command.terminal import silence_tensorflow
+
+with silence_tensorflow():  # so lessons import this module before Keras: a lesson begins in silence
+    import keras  # noqa: F401
+
+    from stable_diffusion.explain.boxes import find_source
 
 SMALLEST = 192  # pixels of the shorter side of an image in a picture; smaller ones are enlarged,
 LONGEST = 640  # but not beyond so many pixels of the longer side

@@ -9,8 +9,8 @@ import time
 import check
 import numpy as np
 import pytest
-from helpers import ROOT
 from lesson import Wrong, save_picture, save_plot, where
+from helpers import ROOT
 from PIL import Image
 
 from stable_diffusion.noise_scheduler import ddim
@@ -24,6 +24,12 @@ LONG = {"11": 180}  # seconds that a longer lesson may take
 @pytest.fixture(params=LESSONS, ids=[path.stem for path in LESSONS])
 def lesson(request):
     return request.param
+
+
+def make_environment():
+    """Returns that of a new user: TensorFlow prints what it prints by itself."""
+    kept = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    return {**kept, "PYTHONPATH": str(ROOT)}
 
 
 def load_checks(number):
@@ -78,7 +84,7 @@ def test_a_lesson_runs(lesson, tmp_path):
     run = subprocess.run(
         [sys.executable, lesson, "--out", "pictures"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env=make_environment(),
         capture_output=True,
         text=True,
         timeout=600,
@@ -87,7 +93,7 @@ def test_a_lesson_runs(lesson, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     print(f"{lesson.stem}: {seconds:.0f} s")
     assert seconds < 3 * LONG.get(lesson.name[:2], MOST_SECONDS)  # other work may run beside it
-    assert len(run.stdout.splitlines()) > 8
+    assert len(run.stdout.splitlines()) > 8 and "TensorFlow" not in run.stderr
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [*tmp_path.iterdir()] == [tmp_path / "pictures"] and pictures
     for path in pictures:
@@ -147,6 +153,14 @@ def test_wrong_arguments(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         check.main([])
     assert error.value.code == 2
+
+
+def test_the_command_prints_nothing_else(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "lessons" / "check.py", "03", "none.py"]
+    options = {"cwd": tmp_path, "env": make_environment(), "capture_output": True, "text": True}
+    run = subprocess.run(command, **options, timeout=300)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "check.py: There is no file none.py.\n"
 
 
 def test_an_error_of_the_checks_own_names_the_answers_line():

@@ -1,8 +1,8 @@
 """Checks of lesson 6: guidance."""
 
 import numpy as np
-from checks.comparing import compare
 from lesson import Wrong
+from checks.comparing import compare
 
 SHAPE = (1, 4, 4, 8)
 

@@ -1,8 +1,8 @@
 """Checks of lesson 8: attention and words."""
 
 import numpy as np
-from checks.comparing import compare
 from lesson import Wrong
+from checks.comparing import compare
 
 
 def _softmax(scores, axis=-1):

@@ -4,8 +4,8 @@ import inspect
 from functools import partial
 
 import numpy as np
-from checks.comparing import compare
 from lesson import Wrong
+from checks.comparing import compare
 
 from stable_diffusion.noise_scheduler import NoiseLevel, ddim
 from stable_diffusion.samplers.classical import heun

@@ -1,8 +1,8 @@
 """Checks of lesson 10: training on points."""
 
 import numpy as np
-from checks.comparing import compare
 from lesson import Wrong
+from checks.comparing import compare
 
 ALPHAS_CUMPROD = np.linspace(0.99, 0.01, 10)
 

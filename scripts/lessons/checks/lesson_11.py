@@ -1,8 +1,8 @@
 """Checks of lesson 11: LoRA."""
 
 import numpy as np
-from checks.comparing import compare
 from lesson import Wrong
+from checks.comparing import compare
 
 
 def check_merge_lora(answer):
