@@ -52,7 +52,7 @@ print(f"the difference         {difference.shape}, standard deviation {differenc
 # the latent by now. With the prompt it expects a cat. On the right is the size of the difference in
 # each of the 16x16 cells: it is about eyes, ears and the outline, not about the background.
 
-size = np.abs(difference[0]).mean(axis=-1)  # (16, 16): the mean over the 8 channels
+size = np.abs(difference[0]).mean(axis=-1)  # (16, 16): the mean of the 8 numbers of a cell
 row = [
     ("x0 without the prompt", model.decode_latents(find_x0(without))[0]),
     ("x0 with the prompt", model.decode_latents(find_x0(with_prompt))[0]),

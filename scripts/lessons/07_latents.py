@@ -74,10 +74,11 @@ save_picture(out / "07_channels.png", rows)
 
 # --- 3. The scaling factor -----------------------------------------------------------------------
 #
-# The encoder is a little unsure: for each number it returns a mean, and a variance around it as a
-# logarithm. The variance is tiny, so the package takes the mean. Noise has variance 1, and mixing
-# (lesson 3) wants the same of latents. So they are multiplied by the scaling factor: 1 / standard
-# deviation, over many images, see appendix G of the paper. Stable Diffusion 1 has 0.18215.
+# The encoder is a little unsure: for each number it returns a mean, and the logarithm of a variance
+# around it, the "moments". The variance is tiny, so the package takes the mean. Noise has variance
+# 1, and mixing (lesson 3) wants the same of latents. So they are multiplied by the scaling factor,
+# 1 / the standard deviation over many images: appendix G of the paper. Stable Diffusion 1 has
+# 0.18215. (Cat and apple have strong colours, so theirs stays a little above 1.)
 
 moments = encode_moments(model.image_encoder, normalize_pixels(images))  # (4, 16, 16, 16)
 mean, log_variance = np.split(np.asarray(moments), 2, axis=-1)

@@ -26,7 +26,7 @@ context = model.encode_text("a cat face on a green background")
 # Now the image keeps its size, and σ tells how much noise lies on it. If σ gets a little smaller, x
 # changes by ε times that little: dx / dσ = ε. The model tells us ε for any x and σ. So to sample is
 # to solve a differential equation: start somewhere, and go where the model points, until σ is 0.
-# Karras et al. 2022, https://arxiv.org/abs/2206.00364, equations 1 to 3.
+# Karras et al. 2022, https://arxiv.org/abs/2206.00364, equations 1 and 3.
 #
 # Euler's method is the simplest: in each step go straight on, as the model points at its start.
 
@@ -41,7 +41,7 @@ context = model.encode_text("a cat face on a green background")
 #   next_noise  a function that returns new noise, for samplers that want some.
 #
 # After each step it yields the step's timestep, the latent, and x0. Who runs it may send another
-# latent back: inpainting does so.
+# latent back, to go on from there.
 
 
 def find_sigma(alpha):
