@@ -27,9 +27,10 @@ for token_id in ids:
 print(f"The vocabulary has {len(tokenizer.vocab):,} tokens. They are found in")
 print(f"{where(SimpleTokenizer.encode)}.")
 
-# The first and the last are no words: they say that the text starts and ends. Upper case is gone,
-# and so are odd spaces, before anything else happens. "</w>" is the end of a word: "apple</w>" is a
-# word by itself or the end of one, "apple" without it is a beginning, as in "apples".
+# The first and the last are no words: they say that the text starts and ends. "</w>" is the end of
+# a word: "apple</w>" is a word by itself or the end of one. Spaces only divide words: how many
+# there are does not matter. Before that the text is cleaned: upper case becomes lower case, and
+# what broke on its way through the web is mended, such as "&amp;" for "&".
 
 print(f"\ncleaned: {clean_text('  A &amp; B  CafÃ©  ')!r}, by {where(clean_text)}")
 
@@ -39,24 +40,26 @@ print(f"\ncleaned: {clean_text('  A &amp; B  CafÃ©  ')!r}, by {where(clean_tex
 # are long, and a letter means nothing. Byte-pair encoding lies between: start with letters, and
 # join the pair of neighbours that was most frequent in a large text, again and again, 48,894 times.
 # Frequent words end as one token, rare ones as a few pieces, and nothing is ever unknown.
-# Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, section 3.2. Guess how many pieces each of
-# these has, before you read on.
+# Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, section 3.2. Before you look: how many
+# pieces have cat, cats, hippopotamus, stablediffusion, naïve, 日本 and 🍎?
 
 print()
 for word in ("cat", "cats", "hippopotamus", "stablediffusion", "naïve", "日本", "🍎"):
     pieces = [tokenizer.vocab[n] for n in tokenizer.encode(word)[1:-1]]
     print(f"  {word:16} {len(pieces)}: {' + '.join(pieces)}")
 
-# Signs beyond English are joined from bytes, of which a letter may have several. That is why "日本"
-# looks strange: each sign of its pieces stands for one byte.
+# Letters are stored as bytes, and those beyond English have several: "日本" has six. Its pieces look
+# strange because each sign in them stands for one byte. The emoji's four bytes were so frequent
+# that they became one token.
 
 # --- 3. Joining by hand --------------------------------------------------------------------------
 #
 # The list of joins is ordered: what was learned first is joined first. Let us do it for one word.
+# Which pair of its letters is the most frequent in English, would you say?
 
 
 def find_rank(pair):
-    """Returns when a pair was learned: its place in the vocabulary; None if it never was."""
+    """Returns when a pair's piece was learned: its place in the vocabulary; None if never."""
     return tokenizer.encoder.get("".join(pair))
 
 
@@ -97,8 +100,10 @@ def colour_tokens(text):
     return wide
 
 
-texts = [prompt, "a blue apple on a red background", "a photo of an astronaut riding a horse " * 3]
-save_picture(out / "01_tokens.png", [[(text[:60], colour_tokens(text))] for text in texts])
+texts = [prompt, "a blue apple on a red background", "an astronaut riding a horse, " * 12]
+save_picture(out / "01_tokens.png", [[(text[:64], colour_tokens(text))] for text in texts])
+
+# The first two have the same tokens but for the comma, in another order. The third has 74 of 77.
 
 # --- Exercises: write these functions in my_answer.py, then run check.py 01 my_answer.py ----------
 #

@@ -39,18 +39,18 @@ print(f"the two vectors of 'a', less their places, differ by {np.abs(difference)
 
 # --- 2. Tokens look at each other ----------------------------------------------------------------
 #
-# Then come layers, 3 here and 12 in Stable Diffusion 1. In each, every token looks at the tokens
-# before it and takes something from them. "apple" learns that it is red. This is attention, which
-# lesson 8 takes apart: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1. Here we
-# only look at who looks at whom: a table of shares for each layer. A row is a token that looks, a
-# column one that is looked at, and a row sums to 1.
+# Then come layers, 3 here and 12 in Stable Diffusion 1. In each, every token looks at itself and at
+# those before it, and takes something from them: "apple" learns that it is red. This is attention,
+# which lesson 8 takes apart: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
+# Here we only ask who looks at whom: a table of shares for each layer. A row is a token that looks,
+# a column one that is looked at, a row sums to 1. A layer has N such tables, its "heads".
 
 shares = {}
 
 
 def see(probabilities, place):
-    """Keeps a layer's shares: float32 (1, N, 77, 77), a table for each of N heads."""
-    shares[place.layer] = probabilities[0].mean(axis=0)  # the mean of the heads
+    """Keeps a layer's shares, (1, N, 77, 77)."""
+    shares[place.layer] = probabilities[0].mean(axis=0)  # the mean of the heads' tables
 
 
 with attention_probe(model, see, component="text_encoder"):
@@ -62,9 +62,10 @@ print(f"the context: {context.shape}, what the rest of the model knows of the pr
 above = np.triu(shares["layer_0"], 1).max()
 print(f"the largest share above the diagonal is {above}: nobody looks at what comes later")
 
-# Bright is much. Above the diagonal all is black: a token does not see those after it ("causal").
-# So the last token, the end, is the only one that has seen the whole prompt. Much light falls on
-# column 0: the start token is where a token looks that has nothing better to look at.
+# Rows and columns: start, a, red, apple, on, a, blue, background, end. Bright is much. Above the
+# diagonal all is black: no token sees those after it ("causal"). So the end token is the first that
+# has seen the whole prompt. In layer_1 the first words look mostly at column 0: the start says
+# nothing, so it is the place to look for a token that needs nothing.
 
 first = [(name, np.sqrt(table[:9, :9])) for name, table in shares.items()]
 save_picture(out / "02_looks.png", [first])
@@ -92,8 +93,8 @@ print(f"  and the padding, places 9 to 76: {changed[9:].mean():.2f}")
 
 # --- 4. What does it look like? ------------------------------------------------------------------
 #
-# The context as a picture: a column for each of the first 16 tokens, a row for each of 128 numbers,
-# from blue (less than 0) to red (more than 0). Below: the difference of red and green.
+# A column for each of the first 16 tokens, a row for each of 128 numbers, from blue (less than 0)
+# to red (more than 0). On the right is the difference: most in column 2, the word itself.
 
 
 def colour(values, limit=2.5):
@@ -104,11 +105,8 @@ def colour(values, limit=2.5):
 
 
 green = model.encode_text(prompt.replace("red", "green"))
-pairs = [
-    ("a red apple ...", context),
-    ("a green apple ...", green),
-    ("difference", context - green),
-]
+pairs = [("a red apple ...", context), ("a green apple ...", green)]
+pairs.append(("difference", context - green))
 save_picture(out / "02_context.png", [[(n, colour(c[0, :16].T).repeat(6, 1)) for n, c in pairs]])
 
 # --- Exercises: write these functions in my_answer.py, then run check.py 02 my_answer.py ----------

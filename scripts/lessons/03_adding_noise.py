@@ -28,13 +28,13 @@ model = StableDiffusion(weights="emoji", jit_compile=False)
 # x_t has ᾱ + (1 - ᾱ) = 1 too: it never gets larger or smaller, only noisier.
 
 x0 = image / 127.5 - 1  # pixels from 0 to 255 become numbers from -1 to 1
-x0 = x0 / x0.std()  # and get variance 1
+x0 = x0 / x0.std()  # and get variance 1: the mean squared distance from their mean
 noise = np.random.default_rng(0).normal(size=x0.shape)
 print(f"x0 {x0.shape}, noise {noise.shape}; made by {where(diffuse)}")
 row = []
 for alpha in (1.0, 0.9, 0.5, 0.1, 0.01):
     noisy = diffuse(x0, noise, alpha)
-    print(f"  ᾱ = {alpha:4}: variance {np.mean(noisy**2):.2f}, of which noise {1 - alpha:.0%}")
+    print(f"  ᾱ = {alpha:4}: variance {noisy.var():.2f}, of which noise {1 - alpha:.0%}")
     row.append((f"alpha = {alpha}", ((noisy + 2) / 4).clip(0, 1)))
 save_picture(out / "03_noise.png", [row])
 
@@ -64,8 +64,8 @@ save_plot(out / "03_schedule.png", curves, "timestep t", "alpha: how much of the
 
 # --- 3. Signal to noise --------------------------------------------------------------------------
 #
-# The ratio ᾱ / (1 - ᾱ) is the signal to noise ratio. 1 means as much image as noise. Guess the
-# timestep, then look.
+# The ratio ᾱ / (1 - ᾱ) is the signal to noise ratio. 1 means as much image as noise. At which
+# timestep is that? Guess before you look: in the middle, at 500? The curve in the picture tells.
 
 snr = own.alphas_cumprod / (1 - own.alphas_cumprod)
 equal = int(np.argmin(np.abs(snr - 1)))
@@ -78,7 +78,7 @@ print(f"\nas much image as noise: at t = {equal}, where the ratio is {snr[equal]
 # squared error of its answer: equation 14 of the paper. That is all. The package adds noise to a
 # batch, each image at its own timestep:
 
-batch = np.stack([x0[None][0]] * 3).astype("float32")
+batch = np.stack([x0] * 3).astype("float32")
 some = np.random.default_rng(1).normal(size=batch.shape).astype("float32")
 mixed = np.asarray(own.add_noise(batch, some, np.array([0, equal, 999])))
 print(f"\na batch of three timesteps: {mixed.shape}, {where(NoiseScheduler.add_noise)}")

@@ -18,7 +18,8 @@ prompt = "a red apple on a blue background"
 
 # --- 1. Three things go in -----------------------------------------------------------------------
 #
-# The model that removes noise is a UNet. It gets:
+# The model that removes noise is a UNet: a network of convolutions and attention that looks at an
+# image at several sizes, coarse and fine, and returns something of the size that it got. It gets:
 #
 #   a latent with noise. A latent is a small stand-in for an image (lesson 7): 16x16 cells of 8
 #   numbers for an image of 128x128 pixels. The decoder turns a latent into an image.
@@ -84,7 +85,7 @@ print()
 for t in (50, 200, 400, 600, 800):
     noisy, guess = expect(t, prompt)
     error = np.abs(guess - x0).mean()
-    print(f"  t = {t}: {1 - alphas[t]:4.0%} noise; x0 is off by {error:.2f} on average")
+    print(f"  t = {t}: {1 - alphas[t]:5.1%} noise; x0 is off by {error:.2f} on average")
     above.append((f"t = {t}", model.decode_latents(noisy)[0]))
     below.append((f"expected at {t}", model.decode_latents(guess)[0]))
 save_picture(out / "04_levels.png", [above, below])
@@ -97,12 +98,16 @@ save_picture(out / "04_levels.png", [above, below])
 # --- 5. The prompt matters most where little is seen ---------------------------------------------
 #
 # The same latents, but the prompt says something else. What will win: the latent or the prompt?
+# Guess for 50, 400 and 800 before you open the picture.
 
 row = []
 for t in (50, 400, 800):
     _, guess = expect(t, "a green pear on a yellow background")
     row.append((f"asked for a pear at {t}", model.decode_latents(guess)[0]))
 save_picture(out / "04_pear.png", [row])
+
+# At 50 the latent wins: what is there need not be guessed. At 800 the prompt does. At 400 you see a
+# pear through which the apple shines: the answer is a mean of what both say.
 
 # --- Exercises: write these functions in my_answer.py, then run check.py 04 my_answer.py ----------
 #
