@@ -48,8 +48,8 @@ for word in ("cat", "cats", "hippopotamus", "stablediffusion", "naïve", "日本
     pieces = [tokenizer.vocab[n] for n in tokenizer.encode(word)[1:-1]]
     print(f"  {word:16} {len(pieces)}: {' + '.join(pieces)}")
 
-# Letters are stored as bytes, and those beyond English have several: "日本" has six. Its pieces look
-# strange because each sign in them stands for one byte. The emoji's four bytes were so frequent
+# Letters are stored as bytes, and those beyond English have several: "日本" has six. Its pieces
+# look strange: each sign in them stands for one byte. The emoji's four bytes were so frequent
 # that they became one token.
 
 # --- 3. Joining by hand --------------------------------------------------------------------------
