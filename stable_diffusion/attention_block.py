@@ -24,6 +24,7 @@ def attention(q, k, v, causal=False):
 
     Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
     """
+    # softmax(q kᵀ / √d) v (equation 1)
     return ops.einsum("bnts,bsnd->btnd", attention_probabilities(q, k, causal), v)
 
 
@@ -108,6 +109,7 @@ class Attention(Block):
 
     def call(self, inputs):
         x, context = inputs
+        # concat(head_1 ... head_N) W_out (Vaswani et al. 2017, section 3.2.2)
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         compute = self.probe or attend
         return self.to_out(compute(q, k, v, self.heads, self.causal))

@@ -27,6 +27,7 @@ class GEGLU(Block):
         self.proj = layers.Dense(2 * width, name="proj")
 
     def call(self, inputs):
+        # (x V + c) GELU(x W + b), element by element (section 2)
         x, gate = ops.split(self.proj(inputs), 2, axis=-1)
         return x * ops.gelu(gate, approximate=self.approximate)
 

@@ -42,5 +42,6 @@ def rescale_guidance(guided, output, share):
 
     Reference: Lin et al. 2024, https://arxiv.org/abs/2305.08891, equations 15 and 16.
     """
+    # φ x_guided std(x_prompt) / std(x_guided) + (1-φ) x_guided (equations 15 and 16)
     spread = output.std((1, 2, 3), keepdims=True) / guided.std((1, 2, 3), keepdims=True)
     return guided * (share * spread + (1 - share))

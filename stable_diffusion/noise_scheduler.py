@@ -25,7 +25,12 @@ class NoiseLevel(NamedTuple):
     Attributes:
         timestep: place in the schedule, which the diffusion model is told; None where sampling
             ends, because no model runs there.
-        alpha: alphas_cumprod there: the share of the signal in the latent's variance.
+        alpha: alphas_cumprod there: the share of the signal in the latent's variance. It is ᾱ in
+            the equations beside the lines of this package, a bar over DDPM's α = 1 - β. ᾱ' is
+            that of the next level, with less noise, and x' the latent there; ε is noise of
+            variance 1 that is in the latent, z is new noise, σ is a deviation. DDIM's paper writes
+            α for ᾱ; those of v and of DPM-Solver write α for √ᾱ. Equations have their papers'
+            numbers.
     """
 
     timestep: int | float | None
@@ -46,6 +51,7 @@ def timestep_embedding(timesteps, dim=320, max_period=10000):
     Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5, in the order of
     CompVis' `timestep_embedding`.
     """
+    # cos(t ω_i) and sin(t ω_i), where ω_i = 10000^(-i / (dim / 2)) (section 3.5)
     frequencies = max_period ** (-np.arange(dim // 2) / (dim // 2))
     angles = np.asarray(timesteps)[:, None] * frequencies
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype("float32")
@@ -58,6 +64,7 @@ def diffuse(x0, noise, alpha):
 
     Reference: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equation 4.
     """
+    # x_t = √ᾱ x0 + √(1-ᾱ) ε (equation 4)
     return alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
 
 
@@ -69,6 +76,7 @@ def join_prediction(x0, noise, alpha, prediction_type="epsilon"):
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
+        # v = √ᾱ ε - √(1-ᾱ) x0 (Salimans and Ho, appendix D)
         return alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
     return x0
 
@@ -88,8 +96,10 @@ def split_prediction(output, sample, alpha, prediction_type="epsilon"):
     """
     signal, sigma = alpha**0.5, (1 - alpha) ** 0.5
     if prediction_type == "epsilon":
+        # x0 = (x_t - √(1-ᾱ) ε) / √ᾱ (Ho et al., equation 15)
         return (sample - sigma * output) / signal, output
     if prediction_type == "v_prediction":
+        # x0 = √ᾱ x_t - √(1-ᾱ) v and ε = √ᾱ v + √(1-ᾱ) x_t (appendix D)
         return signal * sample - sigma * output, signal * output + sigma * sample
     return output, (sample - signal * output) / sigma
 
@@ -115,11 +125,14 @@ def ddim(denoise, latent, levels, next_noise, eta=0.0):
     """
     for (timestep, alpha), (_, alpha_next) in zip(levels, levels[1:], strict=False):
         x0, noise = denoise(latent, alpha, timestep)
+        # σ² = η² (1-ᾱ') / (1-ᾱ) (1 - ᾱ/ᾱ') (equation 16, squared)
         if variance := eta**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next):
+            # x' = √ᾱ' x0 + √(1-ᾱ'-σ²) ε + σ z (equation 12)
             kept = max(1 - alpha_next - variance, 0.0)  # of the predicted noise's variance
             noise = kept**0.5 * noise + variance**0.5 * next_noise()
             latent = alpha_next**0.5 * x0 + noise
         else:
+            # x' = √ᾱ' x0 + √(1-ᾱ') ε (equation 12 with σ = 0)
             latent = diffuse(x0, noise, alpha_next)
         sent = yield timestep, latent, x0
         latent = latent if sent is None else sent
@@ -180,10 +193,12 @@ class NoiseScheduler:
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1
         ends = self.beta_start**power, self.beta_end**power
         self.betas = np.linspace(*ends, self.train_timesteps) ** (1 / power)
+        # α = 1 - β, and ᾱ is the product of all α so far (Ho et al., before equation 4)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = np.cumprod(self.alphas)
         if self.zero_snr:
             signal = self.alphas_cumprod**0.5
+            # √ᾱ becomes (√ᾱ - √ᾱ_T) √ᾱ_1 / (√ᾱ_1 - √ᾱ_T) (Lin et al., algorithm 1)
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
             self.alphas_cumprod = signal**2
             self.alphas = self.alphas_cumprod / np.append(1.0, self.alphas_cumprod[:-1])
@@ -240,6 +255,7 @@ class NoiseScheduler:
             Tensor `(B, h, w, C)`.
         """
         alphas = self.alphas_cumprod[:, None, None, None]
+        # x_t = √ᾱ x0 + √(1-ᾱ) ε (Ho et al., equation 4)
         signal = ops.take((alphas**0.5).astype("float32"), timesteps, axis=0)
         sigma = ops.take(((1 - alphas) ** 0.5).astype("float32"), timesteps, axis=0)
         noise = ops.cast(sigma, noise.dtype) * noise
@@ -281,17 +297,21 @@ class NoiseScheduler:
         x0, _ = split_prediction(model_output, sample, level, prediction_type)
         if self.clip_sample:
             x0 = ops.clip(x0, -1.0, 1.0)
+        # Here `alpha` is α and `level` is ᾱ: the mean of x' is
+        # √ᾱ' β / (1-ᾱ) x0 + √α (1-ᾱ') / (1-ᾱ) x_t (equation 7)
         x0_weight = level_next**0.5 * beta / (1 - level)
         sample_weight = alpha**0.5 * (1 - level_next) / (1 - level)
         mean = x0_weight * x0 + sample_weight * sample
         if timestep == 0:
             return mean
 
-        small = max((1 - level_next) / (1 - level) * beta, 1e-20)  # the posterior's variance
+        # (1-ᾱ') / (1-ᾱ) β, the posterior's variance (equation 7)
+        small = max((1 - level_next) / (1 - level) * beta, 1e-20)
         if kind == "learned":
             deviation = ops.sqrt(predicted)
         elif kind == "learned_range":
             share = (predicted + 1) / 2
+            # exp(s log β + (1-s) log of the small variance) (Nichol and Dhariwal, equation 15)
             log_variance = share * float(np.log(beta)) + (1 - share) * float(np.log(small))
             deviation = ops.exp(0.5 * log_variance)
         else:
@@ -299,4 +319,5 @@ class NoiseScheduler:
         if not hasattr(self, "seed_generator"):
             self.seed_generator = keras.random.SeedGenerator(seed=42)  # KerasCV's seed
         noise = keras.random.normal(ops.shape(sample), seed=self.seed_generator)
+        # x' = mean + σ z (equation 6)
         return mean + deviation * noise

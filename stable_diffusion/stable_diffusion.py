@@ -448,6 +448,7 @@ class StableDiffusion(Components):
             without = self._predict(unet, latent, timestep, negative, None, scale)
         else:
             without, output = np.split(output, 2)
+        # (1+w) ε(prompt) - w ε(negative prompt), where scale is 1+w (equation 6)
         guided = without + scale * (output - without)
         return rescale_guidance(guided, output, rescale) if rescale else guided
 

@@ -106,6 +106,7 @@ def _normalization(norm, x, strip):
     )
     each = x.shape[-1] // norm.groups
     mean, variance = (np.repeat(v, each, axis=-1) for v in (mean, square - mean**2))
+    # γ (x - μ) / √(σ² + ε) + β (Wu and He 2018, https://arxiv.org/abs/1803.08494, section 3)
     scale = _to_numpy(norm.gamma) / np.sqrt(variance + norm.epsilon)
     offset = _to_numpy(norm.beta) - mean * scale
     return scale[:, None, None].astype("float32"), offset[:, None, None].astype("float32")

@@ -10,6 +10,8 @@ from stable_diffusion.config import SD1, SD2
 from stable_diffusion.pretrained import Pretrained
 
 ACTIVATIONS = {
+    # x sigmoid(1.702 x) and x Φ(x), where Φ is the normal distribution's cumulative function
+    # (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415, section 2)
     "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x),  # OpenAI's CLIP, model.py, QuickGELU
     "gelu": lambda x: ops.gelu(x, approximate=False),  # OpenCLIP, the original of V2
     "gelu_tanh": lambda x: ops.gelu(x, approximate=True),  # KerasCV's V2

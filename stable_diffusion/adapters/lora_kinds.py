@@ -52,6 +52,7 @@ def _expect_lora(shape, given, rank):
 
 
 def _multiply_lora(t):
+    # ΔW = B A, `up` times `down` (Hu et al., equation 3)
     return t["up"].reshape(len(t["up"]), -1) @ t["down"].reshape(len(t["down"]), -1)
 
 
@@ -64,6 +65,7 @@ def _expect_loha(shape, given, rank):
 
 
 def _multiply_loha(t):
+    # ΔW = (A1 B1) ∘ (A2 B2) (Hyeon-Woo et al., section 2.2)
     return (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
 
 
@@ -88,6 +90,7 @@ def _expect_lokr(shape, given, rank):
 
 def _multiply_lokr(t):
     w1, w2 = (t[w] if w in t else t[f"{w}_a"] @ t[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
+    # ΔW = W1 ⊗ W2 (Yeh et al., section 3)
     return np.kron(w1, w2.reshape(len(w2), -1))
 
 
@@ -144,6 +147,7 @@ def scale_to_lengths(weight: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         lengths: float32 `(out, 1, ...)` or `(1, in, ...)`.
     """
     axes = tuple(axis for axis in range(weight.ndim) if lengths.shape[axis] == 1)
+    # m (W + ΔW) / ‖W + ΔW‖, the norms of rows or columns (Liu et al., equation 5)
     return weight * (lengths / (np.sqrt(np.square(weight).sum(axes, keepdims=True)) + TINY))
 
 

@@ -14,10 +14,11 @@ def heun(denoise, latent, levels, next_noise):
     """
     for (timestep, alpha), (timestep_next, alpha_next) in zip(levels, levels[1:], strict=False):
         x0, noise = denoise(latent, alpha, timestep)
+        # x / √ᾱ + (σ' - σ) ε, times √ᾱ': Euler's step (algorithm 1)
         latent = diffuse(x0, noise, alpha_next)
         if alpha_next < 1:
             _, noise_next = denoise(latent, alpha_next, timestep_next)
-            # √alpha' (σ' - σ) / 2, where √alpha' σ' is √(1 - alpha')
+            # + √ᾱ' (σ' - σ) (ε' - ε) / 2, where √ᾱ' σ' is √(1-ᾱ') (algorithm 1)
             weight = ((1 - alpha_next) ** 0.5 - (alpha_next * (1 - alpha) / alpha) ** 0.5) / 2
             latent = latent + weight * (noise_next - noise)
         sent = yield timestep, latent, x0
@@ -56,9 +57,11 @@ def pndm(denoise, latent, levels, next_noise, prediction_type="epsilon"):
     for (timestep, alpha), (timestep_next, alpha_next) in zip(levels, levels[1:], strict=False):
         x0, noise = denoise(latent, alpha, timestep)
         outputs = [join_prediction(x0, noise, alpha, prediction_type), *outputs[:3]]
+        # such as (55 e_1 - 59 e_2 + 37 e_3 - 9 e_4) / 24, where e_1 is the last output
         mean = sum(w * output for w, output in zip(WEIGHTS[len(outputs) - 1], outputs, strict=True))
         if len(outputs) == 1 and timestep_next is not None:
             end = denoise(step_along(mean), alpha_next, timestep_next)
+            # (e + e') / 2, of both ends (equation 22)
             mean = (mean + join_prediction(*end, alpha_next, prediction_type)) / 2
         latent = step_along(mean)
         sent = yield timestep, latent, x0

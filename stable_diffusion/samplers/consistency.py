@@ -29,10 +29,12 @@ def lcm(denoise, latent, levels, next_noise):
     """
     for (timestep, alpha), (_, alpha_next) in zip(levels, levels[1:], strict=False):
         x0, _ = denoise(latent, alpha, timestep)
+        # c_skip x + c_out x0 (equation 9), where c_skip = σ_data² / ((10 t)² + σ_data²)
         scaled = (TIMESTEP_SCALING * timestep) ** 2
         skip = SIGMA_DATA**2 / (scaled + SIGMA_DATA**2)
         latent = (1 - skip) ** 0.5 * x0 + skip * latent  # c_out² is 1 - c_skip
         if alpha_next < 1:
+            # x' = √ᾱ' x0 + √(1-ᾱ') z (algorithm 1)
             latent = diffuse(latent, next_noise(), alpha_next)
         sent = yield timestep, latent, x0
         latent = latent if sent is None else sent

@@ -46,8 +46,10 @@ class DeepCache:
             self.deep = self.deep if self.step == self.whole_step else {}
             self.whole_step = self.step
         if self.step == self.whole_step:
+            # cache = U_deep(x) of this step (equation 7)
             output, self.deep[shape] = self.whole.predict_on_batch(inputs)
         else:
+            # concat(D_shallow(x), cache of an earlier step) goes up (equation 8)
             output = self.shallow.predict_on_batch([*inputs, self.deep[shape]])
         return output
 

@@ -25,6 +25,7 @@ def start_from(sampler: Sampler, image) -> Sampler:
     """
 
     def sample(denoise, noise, levels, next_noise, **options):
+        # x_t = √ᾱ image + √(1-ᾱ) ε: where the way back to an image begins (section 3)
         latent = diffuse(image(), noise, levels[0].alpha)
         yield from sampler.sample(denoise, latent, levels, next_noise, **options)
 
@@ -58,6 +59,7 @@ def keep(sampler: Sampler, image, painted, num_resamples=1, from_noise=True) -> 
             return sampler.sample(denoise, latent, levels, next_noise, **options)
 
         def put_back(latent, level):
+            # painted x' + (1-painted) x_known, where x_known = √ᾱ x0 + √(1-ᾱ) ε (equation 8)
             known = clean if level.timestep is None else diffuse(clean, noise, level.alpha)
             return np.where(painted, latent, known)
 
@@ -70,6 +72,7 @@ def keep(sampler: Sampler, image, painted, num_resamples=1, from_noise=True) -> 
             timestep, latent, x0 = steps.send(sent)
             latent = put_back(latent, there)
             for _ in range(num_resamples - 1 if there.timestep is not None else 0):
+                # x = √(1-β) x' + √β z, where 1-β is ᾱ/ᾱ' (algorithm 1)
                 again = diffuse(latent, next_noise(), here.alpha / there.alpha)
                 timestep, latent, x0 = next(run(again, [here, there]))
                 latent = put_back(latent, there)

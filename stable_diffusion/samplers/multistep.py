@@ -77,8 +77,10 @@ class _Step:
         """Returns the latent at the end, for x0's mean over the step, and new noise if any."""
         kept = ((1 - self.alpha_next) / (1 - self.alpha)) ** 0.5
         if noise is None:
+            # x' = √((1-ᾱ') / (1-ᾱ)) x - √ᾱ' (e⁻ʰ - 1) mean (algorithm 2)
             return kept * self.start - self.alpha_next**0.5 * math.expm1(-self.h) * mean
         new = -math.expm1(-2 * self.h)  # the new noise's share of the noise's variance at the end
+        # x' = √((1-ᾱ') / (1-ᾱ)) e⁻ʰ x + √ᾱ' (1 - e⁻²ʰ) mean + √((1-ᾱ') (1 - e⁻²ʰ)) z (section 5)
         return (
             kept * math.exp(-self.h) * self.start
             + self.alpha_next**0.5 * new * mean
@@ -87,6 +89,7 @@ class _Step:
 
     def predict_end(self, noise=None):
         """Returns the latent at the end, from x0 at the start, its last change and new noise."""
+        # mean = (1 + 1/(2r)) x0 - 1/(2r) x0 of the step before, r the `ratio` (algorithm 2)
         return self._find_end(self.x0 + self.change / 2, noise)
 
     def correct_end(self, x0_at_end):

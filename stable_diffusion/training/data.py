@@ -194,6 +194,7 @@ def sample_posterior(moments, rng):
     Reference: Kingma and Welling 2014, https://arxiv.org/abs/1312.6114, section 2.4.
     """
     mean, log_variance = np.split(moments, 2, axis=-1)
+    # z = μ + σ ε, where σ is √variance (section 2.4)
     deviation = np.exp(0.5 * np.clip(log_variance, *LOG_VARIANCE))
     return mean + deviation * rng.standard_normal(mean.shape, dtype="float32")
 
@@ -234,6 +235,7 @@ def compute_snr_weights(schedule: NoiseScheduler, timesteps, gamma=5.0):
     Reference: Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4.
     """
     alpha = schedule.alphas_cumprod[timesteps]
+    # SNR = ᾱ / (1-ᾱ); the weight is min(SNR, γ) / SNR for ε (section 3.4)
     snr = np.maximum(alpha / (1 - alpha), np.finfo("float64").tiny)  # not 0 / 0 where alpha is 0
     own = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[schedule.prediction_type]
     return np.minimum(snr, gamma) / own
