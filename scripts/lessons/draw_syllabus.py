@@ -22,7 +22,7 @@ PICTURES = {  # lesson: the name of its picture
     "10": "10_spiral",
     "11": "11_lora",
 }
-WIDTH = 640  # pixels at most
+WIDTH = 560  # pixels at most
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
         with Image.open(args.pictures / f"{name}.png") as opened:
             picture = opened.convert("RGB")
         picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
-        picture.save(args.out / f"{number}.jpg", quality=85, optimize=True)
+        picture.save(args.out / f"{number}.jpg", quality=75, optimize=True)
 
 
 if __name__ == "__main__":
