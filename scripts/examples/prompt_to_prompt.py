@@ -52,7 +52,7 @@ def edit_image(model, source, target, seed, words=0.8, cells=0.4, weights=(), **
         seed: int, of both.
         words, cells: share of the steps, from 0 to 1, in which cross-attention and self-attention
             are those of the first prompt.
-        weights: dict from a word of the second prompt to a factor of its map.
+        weights: dict from a word of the second prompt to a factor of its map, in all steps.
         **options: see `StableDiffusion.text_to_image`.
 
     Returns:
@@ -64,7 +64,7 @@ def edit_image(model, source, target, seed, words=0.8, cells=0.4, weights=(), **
     for word in find_words(model, target):
         places[word.text] += word.positions
     if unknown := {*weights} - {*places}:
-        raise ValueError(f"The prompt has no {unknown}, only {', '.join(places)}.")
+        raise ValueError(f"The prompt has no {', '.join(unknown)}, only {', '.join(places)}.")
 
     def control(probabilities, place):
         of_both = probabilities[place.prompt]  # (2, N, T, S), a view: what is changed here counts
@@ -83,30 +83,36 @@ def edit_image(model, source, target, seed, words=0.8, cells=0.4, weights=(), **
 def read_weight(text):
     """Reads "word=2.5" as a pair."""
     word, _, factor = text.rpartition("=")
+    if not word:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WORD=FACTOR")
     return word, float(factor)
+
+
+def read_share(text):
+    """Reads a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return float(text)
 
 
 def main():
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("source", help="the first prompt")
-    parser.add_argument("target", help="the second prompt")
-    parser.add_argument("out", help="PNG file to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--words", type=float, default=0.8, help="share of the steps (default: 0.8)"
-    )
-    parser.add_argument(
-        "--cells", type=float, default=0.4, help="share of the steps (default: 0.4)"
-    )
-    parser.add_argument(
-        "--weight", type=read_weight, action="append", default=[], help="word=factor"
-    )
+    add = parser.add_argument
+    add("source", help="the first prompt")
+    add("target", help="the second prompt")
+    add("out", help="PNG file to write")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, default=50)
+    add("--words", type=read_share, default=0.8, help="share of the steps (default: 0.8)")
+    add("--cells", type=read_share, default=0.4, help="share of the steps (default: 0.4)")
+    add("--weight", type=read_weight, action="append", default=[], help="WORD=FACTOR of its map")
     args = parser.parse_args()
     model = StableDiffusion(weights="emoji", jit_compile=False)
     shares = {"words": args.words, "cells": args.cells, "weights": dict(args.weight)}
-    pair = edit_image(model, args.source, args.target, args.seed, **shares, verbose=0)
-    alone = model.text_to_image(args.target, seed=args.seed, verbose=0)
+    options = {"num_steps": args.steps, "verbose": 0}
+    pair = edit_image(model, args.source, args.target, args.seed, **shares, **options)
+    alone = model.text_to_image(args.target, seed=args.seed, **options)
     Image.fromarray(np.hstack([*pair, *alone])).save(args.out)
 
 
