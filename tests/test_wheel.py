@@ -136,4 +136,4 @@ def test_explain(bin_folder, tmp_path):
     given = ["a red apple on a blue background", "--steps", "2", "--out", "apple"]
     assert run([bin_folder / COMMANDS[3], *given], tmp_path) == "apple/index.html\n"
     page = (tmp_path / "apple" / "index.html").read_text("utf-8")
-    assert "<style" in page and "<script" in page and "stable_diffusion/decoder.py:" in page
+    assert "<style" in page and "<script" in page and "decoder.py:" in page
