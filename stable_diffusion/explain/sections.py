@@ -250,7 +250,7 @@ def write_tokens(trace):
         ends = f"in {chunks} parts with a start and an end token around each"
     filled = (
         f"The prompt has {len(text)} tokens, {ends}. The other {len(padding)} places hold the "
-        f"padding token, number {padding[0].id}. It has no meaning of its own; it only fills up."
+        f"padding token, number {padding[0].id}. It stands for no text; it only fills up."
         if padding
         else f"The prompt has {len(text)} tokens, {ends}. No place is left for padding."
     )
@@ -414,9 +414,10 @@ def write_schedule(trace):
     see = _see(f"""At timestep 0 there is nearly no noise. At timestep {last} there is nearly
         nothing else. Generation begins at timestep {timesteps[0]:g} and goes to the
         left.""")
-    why = _why("""One could jump from noise to image at once. The result would be a blur: from pure
-        noise the network can only guess a mean of all images that fit the prompt. After a small
-        step there is a little less noise, so the next guess is a little better.""")
+    why = _why("""One could jump from noise to image at once. The result would have no detail: from
+        pure noise the network can only guess a mean of all images that fit the prompt. (Where these
+        are all alike, the mean looks like one of them.) After a small step there is a little less
+        noise, so the next guess is a little better.""")
     return f"""
 <section id="schedule">
   <h2>How much noise, and when</h2>
