@@ -111,7 +111,10 @@ def main():
     model = StableDiffusion(weights="emoji", jit_compile=False)
     shares = {"words": args.words, "cells": args.cells, "weights": dict(args.weight)}
     options = {"num_steps": args.steps, "verbose": 0}
-    pair = edit_image(model, args.source, args.target, args.seed, **shares, **options)
+    try:
+        pair = edit_image(model, args.source, args.target, args.seed, **shares, **options)
+    except ValueError as error:
+        parser.error(str(error))
     alone = model.text_to_image(args.target, seed=args.seed, **options)
     Image.fromarray(np.hstack([*pair, *alone])).save(args.out)
 

@@ -70,6 +70,15 @@ def test_wrong_arguments(given, capsys, tmp_path, monkeypatch):
     assert ended.value.code == 2 and "error: argument" in capsys.readouterr().err
 
 
+def test_an_unknown_word_is_told_in_one_line(capsys, tmp_path, monkeypatch):
+    given = [SOURCE, TARGET, str(tmp_path / "x.png"), "--weight", "cat=2"]
+    monkeypatch.setattr(sys, "argv", ["x", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and not [*tmp_path.iterdir()]
+    assert "error: The prompt has no cat, only a, red, banana." in capsys.readouterr().err
+
+
 @pytest.mark.large
 def test_the_command(tmp_path):
     script = ROOT / "scripts" / "examples" / "prompt_to_prompt.py"
