@@ -239,7 +239,9 @@ def test_the_schedule_marks_the_step():
 
 def test_the_examples_work(tmp_path, monkeypatch):
     command, *arguments = shlex.split(sections.COMMAND)
-    assert command == explain.NAME and explain.get_parser().parse_args(arguments).out == "apple"
+    assert (
+        command == explain.NAME and explain.get_parser().parse_args(arguments).out == "green_apple"
+    )
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(

@@ -12,7 +12,10 @@ from stable_diffusion import SimpleTokenizer
 from stable_diffusion.cleaning import clean_text
 
 out = begin(__doc__)
-tokenizer = SimpleTokenizer()  # the one of Stable Diffusion: OpenAI's, made for the model CLIP
+# Stable Diffusion's, which OpenAI made for the model CLIP. (The small checkpoint of this package
+# has a list of its own with 3,988 tokens, so elsewhere you will see other numbers for the same
+# words.)
+tokenizer = SimpleTokenizer()
 prompt = "A red apple, on a BLUE background"
 
 # --- 1. Words become numbers ---------------------------------------------------------------------
@@ -24,7 +27,7 @@ ids = tokenizer.encode(prompt)
 print(f"{prompt!r} has {len(ids)} tokens:")
 for token_id in ids:
     print(f"  {token_id:6}  {tokenizer.vocab[token_id]}")
-print(f"The vocabulary has {len(tokenizer.vocab):,} tokens. They are found in")
+print(f"The vocabulary has {len(tokenizer.vocab):,} tokens. What finds those of a prompt is in")
 print(f"{where(SimpleTokenizer.encode)}.")
 
 # The first and the last are no words: they say that the text starts and ends. "</w>" is the end of

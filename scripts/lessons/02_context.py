@@ -40,8 +40,8 @@ print(f"the two vectors of 'a', less their places, differ by {np.abs(difference)
 # --- 2. Tokens look at each other ----------------------------------------------------------------
 #
 # Then come layers, 3 here and 12 in Stable Diffusion 1. In each, every token looks at itself and at
-# those before it, and takes something from them: "apple" learns that it is red. This is attention,
-# which lesson 8 takes apart: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1.
+# those before it, and takes something from them. So "apple" can learn that it is red. This is
+# attention, taken apart in lesson 8: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, (1).
 # Here we only ask who looks at whom: a table of shares for each layer. A row is a token that looks,
 # a column one that is looked at, a row sums to 1. A layer has N such tables, its "heads".
 
@@ -62,10 +62,11 @@ print(f"the context: {context.shape}, what the rest of the model knows of the pr
 above = np.triu(shares["layer_0"], 1).max()
 print(f"the largest share above the diagonal is {above}: nobody looks at what comes later")
 
-# Rows and columns: start, a, red, apple, on, a, blue, background, end. Bright is much. Above the
-# diagonal all is black: no token sees those after it ("causal"). So the end token is the first that
-# has seen the whole prompt. In layer_1 the first words look mostly at column 0: the start says
-# nothing, so it is the place to look for a token that needs nothing.
+# Rows and columns: start, a, red, apple, on, a, blue, background, end. Bright is much (square roots
+# are shown, so that small shares show too). Above the diagonal all is black: no token sees those
+# after it ("causal"). So the end token is the first that has seen the whole prompt. In layer_1 the
+# first words look mostly at column 0: the start says nothing, so it is the place to look for a
+# token that needs nothing.
 
 first = [(name, np.sqrt(table[:9, :9])) for name, table in shares.items()]
 save_picture(out / "02_looks.png", [first])
@@ -87,9 +88,9 @@ for n, word in enumerate(["<start>", *prompt.split(), "<end>"]):
     print(f"  {n}  {word:12} {changed[n]:5.2f}  {'#' * round(30 * changed[n])}")
 print(f"  and the padding, places 9 to 76: {changed[9:].mean():.2f}")
 
-# Before "red" nothing changed, because nobody looks ahead. The word itself changed most, but all
-# others changed too: they have looked at it. So the padding is not empty. It has seen the whole
-# prompt, and the model uses it.
+# Before "red" nothing changed, because nobody looks ahead. The word itself changed most. All after
+# it changed too: they looked at it, or at one that had. Not "apple" most, as one would expect, but
+# "on" and "a": where a network keeps what it knows is its own affair. The padding has seen it too.
 
 # --- 4. What does it look like? ------------------------------------------------------------------
 #

@@ -23,9 +23,10 @@ model = StableDiffusion(weights="emoji", jit_compile=False)
 #     x_t = √ᾱ x0 + √(1 - ᾱ) ε
 #
 # This is equation 4 of Ho et al. 2020, https://arxiv.org/abs/2006.11239.
-# ᾱ (alpha bar; `alpha` in this package, `alphas_cumprod` in others) says how much of the image is
-# left: 1 is all, 0 is nothing. Why the square roots? Variances add up. If x0 has variance 1, then
-# x_t has ᾱ + (1 - ᾱ) = 1 too: it never gets larger or smaller, only noisier.
+# ᾱ (alpha bar) says how much of the image is left: 1 is all, 0 is nothing. The package calls one of
+# them `alpha`, and the list of all 1000 `alphas_cumprod`. Why the square roots? Variances add up.
+# If x0 has variance 1, then x_t has ᾱ + (1 - ᾱ) = 1 too: it never gets larger or smaller, only
+# noisier.
 
 x0 = image / 127.5 - 1  # pixels from 0 to 255 become numbers from -1 to 1
 x0 = x0 / x0.std()  # and get variance 1: the mean squared distance from their mean
@@ -38,15 +39,16 @@ for alpha in (1.0, 0.9, 0.5, 0.1, 0.01):
     row.append((f"alpha = {alpha}", ((noisy + 2) / 4).clip(0, 1)))
 save_picture(out / "03_noise.png", [row])
 
-# Half of the variance is noise in the middle picture, and you still see the cat. At 0.1 you know
-# that something is there. At 0.01 you see noise; a model still sees a little. That is the point: at
+# Half of the variance is noise in the middle picture, and you still see the cat. At 0.1 you still
+# see a face. At 0.01 you see noise; a model still sees a little. That is the point: at
 # every level there is something to guess: fine lines on the left, "is it round?" on the right.
 
 # --- 2. A thousand levels ------------------------------------------------------------------------
 #
 # Training uses 1000 levels, the timesteps t. Each step multiplies what is left of the image by a
-# number a little below 1: ᾱ_t = (1 - β_1) (1 - β_2) ... (1 - β_t). The list of the βs is the noise
-# schedule. It is chosen, not learned. That of this checkpoint, and that of Stable Diffusion 1:
+# number a little below 1: ᾱ_t = (1 - β_1) (1 - β_2) ... (1 - β_t). (The paper counts from 1, the
+# code and all below from 0: ᾱ_0 = 1 - β_0.) The list of the βs is the noise schedule. It is chosen,
+# not learned. That of this checkpoint, and that of Stable Diffusion 1:
 
 own = model.config.schedule
 usual = NoiseScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -31,14 +31,15 @@ x0 = np.asarray(model.encode_images(image[None]))  # the latent of an image that
 noise = np.random.default_rng(0).normal(size=x0.shape).astype("float32")
 context, t = model.encode_text(prompt), 400
 noisy = diffuse(x0, noise, alphas[t]).astype("float32")
-embedding = timestep_embedding([t], model.config.unet.widths[0])
+embedding = timestep_embedding([t], model.config.unet.widths[0])  # as wide as its first layer
 print(f"latent with noise  {noisy.shape}, {1 - alphas[t]:.0%} of its variance is noise")
 print(f"timestep {t}       {embedding.shape}, as cosines and sines: {where(timestep_embedding)}")
 print(f"context            {context.shape}")
 
 # Why waves? A network handles numbers of about 1 best, and 400 and 401 should be nearly the same,
 # 400 and 800 not. Slow waves say "about the middle", fast ones say exactly where. The picture has a
-# column for each of the timesteps 0 to 99, and a row for each wave: cosines above, sines below.
+# column for each of the timesteps 0 to 99, and a row for each wave: cosines above, sines below, the
+# fastest first. In 100 of 1000 timesteps the slow ones hardly change: white is 1, grey is 0.
 
 waves = timestep_embedding(np.arange(100), model.config.unet.widths[0])
 save_picture(out / "04_waves.png", [[("timesteps 0 to 99", (waves.T + 1) / 2)]])
@@ -48,7 +49,7 @@ save_picture(out / "04_waves.png", [[("timesteps 0 to 99", (waves.T + 1) / 2)]])
 # It has the latent's shape, and says what noise the model sees in there. Stable Diffusion 1 returns
 # the noise ε itself. This checkpoint returns a mix from which both noise and image follow, v = √ᾱ ε
 # - √(1 - ᾱ) x0, because that trains better (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512,
-# appendix D). Put x_t = √ᾱ x0 + √(1 - ᾱ) ε (lesson 3) beside it, and solve both for ε:
+# appendix D). With lesson 3's x_t, in √(1 - ᾱ) x_t + √ᾱ v the x0 cancels, and ε is left:
 
 output = np.asarray(unet.predict_on_batch([noisy, embedding, context]))
 answer = (1 - alphas[t]) ** 0.5 * noisy + alphas[t] ** 0.5 * output
@@ -80,20 +81,22 @@ def expect(t, text, start=x0):
     return noisy, split_prediction(output, noisy, alphas[t], kind)[0]
 
 
-above, below = [], []
+above, below, size = [], [], np.abs(x0).mean()
 print()
 for t in (50, 200, 400, 600, 800):
     noisy, guess = expect(t, prompt)
     error = np.abs(guess - x0).mean()
-    print(f"  t = {t}: {1 - alphas[t]:5.1%} noise; x0 is off by {error:.2f} on average")
+    print(
+        f"  t = {t}: {1 - alphas[t]:5.1%} noise; x0 is off by {error:.2f} on average, of {size:.2f}"
+    )
     above.append((f"t = {t}", model.decode_latents(noisy)[0]))
     below.append((f"expected at {t}", model.decode_latents(guess)[0]))
 save_picture(out / "04_levels.png", [above, below])
 
-# With little noise it finds our apple, with its black rim and its highlight. With much of it the
-# model can only say what is likely. At 800 it sees hardly anything of ours, and answers with the
-# mean of all red apples that it knows: smooth, with nothing special. So one step is not enough. One
-# goes a little in that direction, and asks again: lesson 5.
+# With little noise it finds our apple, with its crooked stem and its white highlight. With much of
+# it the model can only say what is likely: at 800 stem and highlight are washed out. It still looks
+# like ours only because all red apples that this model knows are alike, and it answers with their
+# mean. So one goes a little in that direction, and asks again: lesson 5.
 
 # --- 5. The prompt matters most where little is seen ---------------------------------------------
 #

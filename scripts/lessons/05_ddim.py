@@ -62,7 +62,7 @@ latent = walk(start, levels, seen=seen)
 print(f"\nfrom noise {start.shape} in {len(seen)} steps to a latent {latent.shape}")
 above = [(f"after t = {t}", model.decode_latents(state)[0]) for t, state, _ in seen]
 below = [("expected", model.decode_latents(x0)[0]) for *_, x0 in seen]
-save_picture(out / "05_walk.png", [above[::2], below[::2]])
+save_picture(out / "05_walk.png", [above[1::2], below[1::2]])
 
 # Above is where we are, below what the model expects at that moment. It decides early on what goes
 # where, and late on edges and lines.
@@ -91,7 +91,9 @@ for count in (1, 2, 5, 10, 25, 50):
     row.append((f"steps: {count}", model.decode_latents(result)[0]))
 save_picture(out / "05_steps.png", [row])
 
-# Twice the steps, about half the error. From 10 on you hardly see a difference.
+# Twice the steps, about half the error. The error is the distance to where 200 steps lead, and not
+# beauty! One step looks good here only because this model's apples are all alike: their mean is an
+# apple. With more steps it becomes a particular one, lumps and all.
 
 # --- 5. The same way back ------------------------------------------------------------------------
 #
@@ -114,5 +116,5 @@ save_picture(out / "05_back.png", [[(name, model.decode_latents(z)[0]) for name,
 # 1. take_step(x0, noise, alpha_next): the latent at the next level.
 # 2. sample(predict, latent, levels): the whole walk. predict(latent, t, alpha) returns (x0, noise),
 #    levels is a list of (t, alpha), noisiest first; the last one is where it ends.
-# 3. find_sigma(alpha, alpha_next, eta): σ of equation 16, the share of new noise in a step:
-#    σ = η √((1 - ᾱ_next) / (1 - ᾱ)) √(1 - ᾱ / ᾱ_next). With η = 0 it is this lesson's walk.
+# 3. find_sigma(alpha, alpha_next, eta): σ of equation 16 of the same paper, how much noise is drawn
+#    anew, from η = 0, as in this lesson, to 1: σ = η √((1 - ᾱ_next) / (1 - ᾱ)) √(1 - ᾱ / ᾱ_next).

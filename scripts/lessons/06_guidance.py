@@ -20,7 +20,8 @@ prompt = "a cat face on a green background"
 # When this model was trained, one caption in ten was replaced by the empty text "". So it learned
 # to answer two questions: which noise is in this latent, if it shows a cat face on green? And which
 # noise is in it, if it may show anything? We ask both after 8 of 25 steps. (`generate_latents` is
-# the walk of lesson 5: it yields the step, its timestep, the latent that it arrives at, and x0.)
+# the walk of lesson 5: it yields the step, its timestep, the latent that it arrives at, and x0. It
+# has guidance with a scale of 3 already, this checkpoint's own; what that is, comes now.)
 
 steps = list(model.generate_latents(model.encode_text(prompt), num_steps=25, seed=0))
 latent, timestep = steps[7][2], steps[8][1]  # where the eighth step ends, and the ninth begins

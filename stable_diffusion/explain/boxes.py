@@ -25,7 +25,7 @@ SENTENCES = {  # what a layer of each class does
     ResnetBlock: "Two convolutions beside a residual connection; in the UNet it sees the timestep.",
     SpatialTransformer: "Lets each cell look at all others, then at the prompt.",
     AttentionBlock: "Lets each cell look at all others.",
-    PaddedConv2D: "A convolution; with stride 2 it halves the size.",
+    PaddedConv2D: "A convolution: each cell is computed from its neighbourhood.",
     keras.layers.UpSampling2D: "Repeats each cell, so that the size doubles.",
     keras.Sequential: "Repeats each cell, so that the size doubles, and convolves.",
     keras.layers.Concatenate: "Puts a feature map of the way down beside the present one.",
@@ -100,7 +100,7 @@ def list_boxes(model, sampler, context_shape):
             "noise_scheduler", "Draws the noise from the seed.", "seed", latent, make_noise_source
         ),
         "timestep_embedding": (
-            "noise_scheduler", "Writes the timestep as waves.", "(1)", time, timestep_embedding
+            "noise_scheduler", "Writes the timestep as cosines.", "(1)", time, timestep_embedding
         ),
         "guidance": (
             "guidance", "Goes further than the prompt asks, away from the negative prompt.",

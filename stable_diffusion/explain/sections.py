@@ -22,7 +22,7 @@ MOST_NAMED = 4  # words that are cut into pieces
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what stands for a part of a character
 NEARLY_NOISE = 0.05  # alphas_cumprod below which a latent shows nothing but noise
 LEAST_ALPHA = 1e-6  # where x0 can be computed from the noise
-COMMAND = 'stable-diffusion-explain "a green apple on a yellow background" --out apple'
+COMMAND = 'stable-diffusion-explain "a green apple on a yellow background" --out green_apple'
 EXAMPLE = """\
 from stable_diffusion import StableDiffusion
 from stable_diffusion.explain import trace
@@ -188,9 +188,9 @@ def write_way(trace, shown, scales):
 <section id="way">
   <h2>The whole way</h2>
   <p>In the beginning there is noise. In every step the model says what in it is noise, and a part
-  of that is taken away. Above you see how the noise becomes a small map of the image (one of its
-  {latent.shape[2]} channels). Below is the image that the model expected at that step. Select one
-  to see all of the step.</p>
+  of that is taken away. The upper picture of each pair is the noise on its way to a small map
+  of the image (one of its {latent.shape[2]} layers of numbers), the lower one is the image that the
+  model expected at that step. Select one to see all of the step.</p>
   <ol class="strip">{"".join(strip)}</ol>
   <div class="columns">
     <div>
@@ -262,7 +262,8 @@ def write_tokens(trace):
 <section id="tokens">
   <h2>The prompt becomes tokens</h2>
   <p>A neural network computes with numbers. So the tokenizer cuts the prompt into pieces from a
-  fixed list, its vocabulary. Such a piece is a token, and its place in the list is its id.</p>
+  fixed list, its vocabulary. Such a piece is a token, and its place in the list is its id.
+  (Checkpoints may have lists of their own.)</p>
   <ol class="tokens">{"".join(chips)}</ol>
   {see}
   {why}
@@ -454,7 +455,7 @@ def write_steps(trace, shown, panels, scales):
     It predicts the noise in the latent."""
     if guided:
         predict += """ It does so twice: once with the context of the prompt, and once with that of
-        the empty prompt, or of the negative prompt if there is one."""
+        the empty prompt, or of the negative prompt (what not to show) if there is one."""
     if guided and any(step.without_prompt is None for step in shown):
         predict += " In some steps of this run it does so once, without guidance."
     guidance = (
@@ -471,8 +472,9 @@ def write_steps(trace, shown, panels, scales):
         itself. The noise that you see was computed from it; nothing else changes.</p>""",
     }.get(trace.prediction_type, "")
     move = (
-        "Less noise than before is added again: <code>√ᾱ_next · x0 + √(1−ᾱ_next) · noise</code>. "
-        "The next step starts from there."
+        "The sampler, here DDIM, puts the same predicted noise back, but less of it: "
+        "<code>√ᾱ_next · x0 + √(1−ᾱ_next) · noise</code>. The next step starts from there; after "
+        "the last one nearly none comes back."
         if trace.sampler == "ddim"
         else f"The sampler, {quote(trace.sampler)}, goes to the next noise level, where there is "
         "less noise. The next step starts from there."
@@ -632,9 +634,10 @@ def write_words(trace):
     see = _see("""Bright means that the cells there paid much attention to the word. Words that name
         a thing are often bright on the thing, but not always: the map shows where the network reads
         the word, which need not be where the thing is.""")
-    why = _why("""Nobody told the network where the things are. It learned to look at the word for
-        what it is about to paint. Each map is divided by its own maximum, so compare places, not
-        words. Small words have maps, too, because the shares have to go somewhere.""")
+    why = _why("""Nobody told the network where the things are; it learned by itself which words to
+        read where. Each map is divided by its own maximum, so compare places, not words. A word
+        that stands there twice has the mean of both. Small words have maps, too, because the
+        shares have to go somewhere. The image shines through the colours.""")
     return f"""
 <section id="words">
   <h2>Which part looks at which word</h2>

@@ -54,6 +54,8 @@ def check_find_noise(answer):
             continue
         if np.allclose(found, noisy - alpha**0.5 * X0):
             raise Wrong("divide by the noise's factor √(1 - ᾱ) too.")
+        if np.allclose(found, (noisy - alpha**0.5 * X0) / (1 - alpha)):
+            raise Wrong("divide by the square root, √(1 - ᾱ).")
         if np.allclose(found, noisy - X0):
             raise Wrong("the image is in there √ᾱ times, not once.")
         raise Wrong(f"it is {np.abs(found - NOISE).mean():.2f} off on average, for ᾱ = {alpha}.")

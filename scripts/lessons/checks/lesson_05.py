@@ -19,6 +19,8 @@ def check_take_step(answer):
             raise Wrong("x0 and noise are swapped: ᾱ_next is the share of x0.")
         if np.allclose(found, alpha * X0 + (1 - alpha) * NOISE):
             raise Wrong("did you forget the square roots?")
+        if np.allclose(found, X0 + (1 - alpha) ** 0.5 * NOISE):
+            raise Wrong("x0 needs its factor too, √ᾱ_next.")
         if np.allclose(found, X0):
             raise Wrong("this is x0 itself: that goes to the end in one step, without noise.")
         raise Wrong(
@@ -77,6 +79,8 @@ def check_find_sigma(answer):
             raise Wrong("this is σ², the variance: take the roots.")
         if np.isclose(found, ((1 - after) / (1 - alpha)) ** 0.5 * (1 - alpha / after) ** 0.5):
             raise Wrong("η is missing.")
+        if np.isclose(found, eta * ((1 - alpha) / (1 - after)) ** 0.5 * (1 - alpha / after) ** 0.5):
+            raise Wrong("the first fraction is upside down.")
         raise Wrong(
             f"for ᾱ = {alpha}, ᾱ_next = {after}, η = {eta} it gave {found}, not {right:.4f}."
         )
