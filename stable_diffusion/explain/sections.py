@@ -507,6 +507,7 @@ def write_steps(trace, shown, panels, scales):
     finished latent. Decoded, it is the large image.</li>
     <li><b>Go on.</b> {move}</li>
   </ol>
+  <p>Grey numbers below a picture are those of this list.</p>
   {_cite(trace, "diffusion_model", *["guidance"][:guided], "sampler")}
   {see}
   {fewer}{converted}
